@@ -1,0 +1,1 @@
+"""Tael: a complete, small DeepSeek-style language-model system. See docs/architecture.md."""
