@@ -163,7 +163,8 @@ class RlSettings(StageSettings):
     mode: Literal["free", "think", "direct"] = "free"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_tokens: Annotated[int, Field(ge=1)] = 48
-    loss: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
+    """dapo takes the mean over all tokens, grpo over each sequence first; see tael.rl.policy_loss."""
     clip_low: Annotated[float, Field(gt=0)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.28
     kl_weight: Annotated[float, Field(ge=0)] = 0.0

@@ -1,0 +1,142 @@
+"""Checkpoints: whole or not there, checked, and loadable on another number of processes.
+
+`STAGE/step-NNNNNN/` holds safetensors shards written by torch.distributed.checkpoint (each process its own; nothing
+is pickled), `state.json` (step and counters) and `manifest.json` (bytes and sha256 of every file). It is written
+under a temporary name and renamed last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from tael.errors import TaelError
+from tael.train.parallel import Parallel
+
+PREFIX = "step-"
+
+
+def save_checkpoint(stage: Path, tensors: dict[str, Tensor], state: dict[str, Any], parallel: Parallel, keep: int) -> Path:
+    """Write `stage/step-NNNNNN` for `state["step"]`, then drop all but the newest `keep`.
+
+    Raises TaelError when the disk is full or the folder cannot be written; what was saved before stays.
+    """
+    final = stage / f"{PREFIX}{state['step']:06d}"
+    partial = stage / f".{final.name}.partial"
+    try:
+        if parallel.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        parallel.barrier()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
+            dcp.save(
+                dict(tensors),
+                storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                no_dist=parallel.mesh is None,
+            )
+        parallel.barrier()
+        if parallel.is_main:
+            _finish(partial, final, state)
+            for old in list_checkpoints(stage)[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        parallel.barrier()
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TaelError(f"{final}: cannot write the checkpoint: {error.strerror or error}; earlier ones are kept") from None
+    except dcp.api.CheckpointException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = next(iter(error.failures.values()))[0]
+        raise TaelError(f"{final}: cannot write the checkpoint: {reason}; earlier ones are kept") from None
+    return final
+
+
+def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
+    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(partial.iterdir())}
+    (partial / "manifest.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
+    for path in [*partial.iterdir(), partial]:
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(stage: Path) -> list[Path]:
+    """Finished checkpoints of a stage, oldest first."""
+    found = [p for p in stage.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Check every file against the manifest and return the state; raises TaelError naming the damaged file."""
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        for name, wanted in files.items():
+            path = checkpoint / Path(name).name
+            if not path.is_file() or path.stat().st_size != wanted["bytes"] or file_digest(path) != wanted["sha256"]:
+                raise TaelError(f"{path}: damaged or missing")
+        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise TaelError(f"{checkpoint}: manifest.json or state.json is damaged or missing") from None
+
+
+def load_latest(stage: Path, tensors: dict[str, Tensor], parallel: Parallel) -> dict[str, Any] | None:
+    """Fill `tensors` in place from the newest undamaged checkpoint and return its state; None when there is none yet.
+
+    A damaged one is passed over with a warning; raises TaelError when there are some and all are damaged.
+    """
+    checkpoints = list_checkpoints(stage)
+    damaged: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        try:
+            state = verify_checkpoint(checkpoint)
+        except TaelError as error:
+            damaged.append(str(error))
+            logging.getLogger("tael").warning("%s; going back to the checkpoint before it", error)
+            continue
+        _read(checkpoint, tensors, parallel)
+        return state
+    if damaged:
+        raise TaelError(f"{damaged[0]}; no other checkpoint is left: run with --fresh to begin this run again")
+    return None
+
+
+def _read(checkpoint: Path, tensors: dict[str, Tensor], parallel: Parallel) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(
+                tensors,  # type: ignore[arg-type]
+                storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)),
+                no_dist=parallel.mesh is None,
+            )
+    except dcp.api.CheckpointException as error:
+        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        raise TaelError(
+            f"{checkpoint}: does not fit this recipe's model ({reason}); use another --run-dir, or --fresh"
+        ) from None

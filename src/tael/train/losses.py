@@ -1,0 +1,63 @@
+"""Losses as pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 2048
+"""Tokens whose logits are held at once."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of `hidden @ weight.T`, never holding all logits.
+
+    The gradient is computed with the loss, chunk by chunk, while the logits are at hand: backward only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            x, target = hidden[part], targets[part]
+            log_probs = F.log_softmax((x @ weight.t()).float(), dim=-1)  # [C, V]
+            learned = target >= 0
+            index = target.clamp_min(0).unsqueeze(-1)
+            picked = log_probs.gather(-1, index).squeeze(-1)
+            total -= (picked * learned).sum()
+            grad = log_probs.exp_()
+            grad.scatter_add_(-1, index, torch.full_like(index, -1, dtype=grad.dtype))
+            grad = (grad * learned.unsqueeze(-1)).to(weight.dtype)
+            torch.mm(grad, weight, out=grad_hidden[part])
+            grad_weight += grad.t() @ x
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grads[0].to(grad_hidden.dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over tokens of -log softmax(hidden weight^T)[target], in nats, fp32 scalar.
+
+    hidden [.., D], weight [V, D], targets [..] int64 with negative values where nothing is to be learned.
+    """
+    result = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
+    return result  # type: ignore[return-value]
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(hidden weight^T / temperature)[target], fp32. hidden [.., D], targets [..] -> [..]; differentiable."""
+    logits = (hidden @ weight.t()).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)

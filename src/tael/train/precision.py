@@ -1,0 +1,59 @@
+"""bf16 compute with fp32 masters.
+
+The optimiser owns fp32 parameters. With bf16, a twin of the model holds their bf16 copies and runs forward and
+backward; its gradients are added up in fp32 on the masters. The router stays fp32 in both (V3 section 3.3).
+Against autocast this saves a cast of every weight at every use.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from tael.model.moe import Router
+from tael.model.transformer import Transformer
+
+
+class Twin:
+    """`master` (fp32, what is optimised and saved) and `compute` (what runs; the master itself for fp32)."""
+
+    def __init__(self, master: Transformer, dtype: torch.dtype) -> None:
+        self.master = master
+        self.compute = master if dtype == torch.float32 else _cast(master, dtype)
+        self._pairs = list(zip(master.parameters(), self.compute.parameters(), strict=True))
+        self.sync()
+
+    @property
+    def separate(self) -> bool:
+        return self.compute is not self.master
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Copy the masters into the compute model; call after each optimiser step and after loading."""
+        if self.separate:
+            masters, copies = zip(*self._pairs, strict=True)
+            torch._foreach_copy_(list(copies), list(masters))
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Add the compute model's gradients to the masters' and clear them."""
+        if not self.separate:
+            return
+        for master, working in self._pairs:
+            if working.grad is None:
+                continue
+            grad: Tensor = working.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            working.grad = None
+
+
+def _cast(master: Transformer, dtype: torch.dtype) -> Transformer:
+    twin = copy.deepcopy(master).to(dtype)
+    for original, module in zip(master.modules(), twin.modules(), strict=True):
+        if isinstance(module, Router) and isinstance(original, Router):
+            module.weight = torch.nn.Parameter(original.weight.detach().clone())
+            for name, _ in original.named_buffers():
+                setattr(module, name, getattr(original, name))  # one bias, shared by both
+    return twin
