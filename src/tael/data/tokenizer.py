@@ -57,14 +57,15 @@ _SPLITS = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 
-CHAT_TEMPLATE = """{%- set ns = namespace(system=[], last='') -%}
+CHAT_TEMPLATE = """{%- set ns = namespace(system=[], last='', said=false) -%}
 {%- for m in messages if m['role'] == 'system' and m['content'] -%}{%- set ns.system = ns.system + [m['content']] -%}
 {%- endfor -%}
 {{- bos_token + ns.system | join('\\n\\n') -}}
 {%- set turns = messages | rejectattr('role', 'equalto', 'system') | list -%}
 {%- for m in turns -%}
 {%- if m['role'] == 'user' -%}
-{{- ('\\n\\n' if ns.last == 'user' else '<｜User｜>') + m['content'] -}}
+{%- if ns.last != 'user' -%}{{- '<｜User｜>' -}}{%- set ns.said = false -%}{%- endif -%}
+{%- if m['content'] -%}{{- ('\\n\\n' if ns.said else '') + m['content'] -}}{%- set ns.said = true -%}{%- endif -%}
 {%- else -%}
 {{- '<｜Assistant｜>' -}}
 {%- if loop.last and not add_generation_prompt and m['reasoning_content'] is string -%}

@@ -41,7 +41,7 @@ class LatentCache:
         """Write entry [B, T, width] of `layer` and return what its tokens may see."""
         held = self._entries[layer]  # [B, capacity, width]
         held.scatter_(1, self._positions.expand_as(entry), entry.to(held.dtype))
-        return held[:, : self._limit], self._mask
+        return held[:, : self._limit].to(entry.dtype), self._mask
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the sequences `rows` [n] of the batch."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from tael.data import Tokenizer
 from tael.engine.cache import LatentCache
 from tael.engine.sampling import SamplingParams, sample, uniforms
-from tael.errors import TaelError
+from tael.errors import TaelError, did_you_mean
 from tael.model.transformer import Transformer
 
 FinishReason = Literal["stop", "length"]
@@ -72,13 +72,19 @@ class Engine:
         return run.completions
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options) -> Iterator[TokenEvent]:
-        """Complete one prompt, yielding tokens as they come; `options` are SamplingParams fields."""
+        """Complete one prompt, yielding tokens as they come; `options` are SamplingParams fields, put over `params`.
+
+        Raises TaelError, at the first token asked for, as `generate` does and for an unknown option.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise TaelError("this engine has no tokenizer: give the prompt as token ids")
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             prompt = bos + self.tokenizer.encode(prompt)
-        params = params or SamplingParams(**options)
+        for name in options:
+            if name not in SamplingParams.__dataclass_fields__:
+                raise TaelError(f"unknown sampling option '{name}'{did_you_mean(name, SamplingParams.__dataclass_fields__)}")
+        params = replace(params or SamplingParams(), **options)
         run = _Run(self, [prompt], [params])
         completion, shown = run.completions[0], ""
         while run.active:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,9 +36,12 @@ class SamplingParams:
 
 
 def uniforms(params: list[SamplingParams], steps: int) -> Tensor:
-    """One number in [0, 1) for every request and step, [B, steps] float64."""
-    rows = [torch.rand(steps, generator=torch.Generator().manual_seed(p.seed), dtype=torch.float64) for p in params]
-    return torch.stack(rows)
+    """One number in [0, 1) for every request and step, [B, steps] float64.
+
+    Philox streams keyed by the seed: counter-based, so neighbouring seeds give independent numbers by construction.
+    """
+    rows = [np.random.Generator(np.random.Philox(key=p.seed % 2**64)).random(steps) for p in params]
+    return torch.from_numpy(np.stack(rows))
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

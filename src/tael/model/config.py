@@ -98,7 +98,7 @@ class ModelConfig:
 
     @property
     def normalises_gates(self) -> bool:
-        """Whether the chosen gates are scaled to sum to one. transformers' V2 ignores norm_topk_prob, and so do we."""
+        """Whether chosen gates are scaled to sum to one; transformers' V2 ignores norm_topk_prob, and so do we."""
         return self.model_type == "deepseek_v3" and (self.norm_topk_prob is None or self.norm_topk_prob)
 
     def is_moe_layer(self, index: int) -> bool:
@@ -148,7 +148,8 @@ class ModelConfig:
         d = self.hidden_size
         layers = self.num_hidden_layers + (self.num_nextn_predict_layers if mtp else 0)
         total = sum(
-            self.attention_parameters() + self.feed_forward_parameters(i, active=active) + 2 * d for i in range(layers)
+            self.attention_parameters() + self.feed_forward_parameters(i, active=active) + 2 * d
+            for i in range(layers)
         )
         total += (layers - self.num_hidden_layers) * (2 * d * d + 3 * d)
         table = self.vocab_size * d
@@ -164,7 +165,9 @@ class ModelConfig:
         """
         layers = self.num_hidden_layers + (self.num_nextn_predict_layers if training else 0)
         mtp = layers - self.num_hidden_layers
-        matrices = self.parameters(active=True, embedding=False, mtp=bool(mtp)) + mtp * self.vocab_size * self.hidden_size
+        matrices = (
+            self.parameters(active=True, embedding=False, mtp=bool(mtp)) + mtp * self.vocab_size * self.hidden_size
+        )
         v_dim = self.v_head_dim if self.is_mla else self.gqa_head_dim
         attention = layers * 2 * self.num_attention_heads * (self.qk_head_dim + v_dim) * context
         return (3 if training else 1) * (2 * matrices + attention)
@@ -196,10 +199,13 @@ class ModelConfig:
         table = _translate(dict(table))
         if strict and (unknown := sorted(set(table) - names)):
             raise TaelError(f"{where}: unknown key '{unknown[0]}'{did_you_mean(unknown[0], names)}")
-        known = {key: value for key, value in table.items() if key in names}
-        model_type = known.get("model_type", "deepseek_v3")
+        optional = {f.name for f in dataclasses.fields(cls) if str(f.type).endswith("None")}
+        known: dict[str, Any] = {k: v for k, v in table.items() if k in names and (v is not None or k in optional)}
+        model_type = known.get("model_type", "deepseek_v3" if strict else None)
         if model_type not in MODEL_TYPES:
-            raise TaelError(f"{where}: model_type '{model_type}' is not supported; use one of {', '.join(MODEL_TYPES)}")
+            raise TaelError(
+                f"{where}: model_type '{model_type}' is not supported; use one of {', '.join(MODEL_TYPES)}"
+            )
         if not strict:
             known = {**_HUGGING_FACE_DEFAULTS[model_type], **known}
         config = cls(**known)
@@ -215,7 +221,7 @@ class ModelConfig:
             table = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise TaelError(f"{path}: no such file; a model folder holds config.json and model.safetensors") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise TaelError(f"{path}: not a JSON config: {error}") from None
         if not isinstance(table, dict):
             raise TaelError(f"{path}: not a model config: expected a JSON object")
@@ -229,17 +235,27 @@ class ModelConfig:
             table.pop("head_dim", None)
             table["q_lora_rank"] = self.q_lora_rank
             table["n_group"], table["topk_group"] = self.n_group or 1, self.topk_group or 1
-            table["topk_method"] = self.topk_method or ("noaux_tc" if self.uses_selection_bias else "greedy")
+            limited = "group_limited_greedy" if table["n_group"] > 1 else "greedy"
+            table["topk_method"] = self.topk_method or ("noaux_tc" if self.uses_selection_bias else limited)
             table["scoring_func"] = self.scoring
             table["norm_topk_prob"] = self.normalises_gates
             table["n_shared_experts"] = self.n_shared_experts or 0
             if not self.n_routed_experts:
                 table["first_k_dense_replace"] = self.num_hidden_layers + self.num_nextn_predict_layers
         else:
-            keep_out = {"q_lora_rank", "kv_lora_rank", "scoring_func", "topk_method", "norm_topk_prob", "rope_interleave"}
-            prefixes = ("qk_", "v_head", "n_", "num_experts", "moe_", "first_k", "topk_", "routed_", "num_nextn")
+            keep_out = {
+                "q_lora_rank",
+                "kv_lora_rank",
+                "scoring_func",
+                "topk_method",
+                "norm_topk_prob",
+                "rope_interleave",
+            }
+            prefixes = ("qk_", "v_head", "n_", "num_experts", "moe_", "first_k", "topk_", "routed_")
             table = {k: v for k, v in table.items() if k not in keep_out and not k.startswith(prefixes)}
             table["head_dim"] = self.gqa_head_dim
+            if not self.num_nextn_predict_layers:
+                table.pop("num_nextn_predict_layers")
         names = {
             "deepseek_v3": "DeepseekV3ForCausalLM",
             "deepseek_v2": "DeepseekV2ForCausalLM",
@@ -253,7 +269,7 @@ class ModelConfig:
 # What transformers assumes when an original config.json leaves a key out; only where it differs from ours.
 _HUGGING_FACE_DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
-    "deepseek_v2": {"n_shared_experts": 2, "first_k_dense_replace": 0},
+    "deepseek_v2": {"n_shared_experts": 2, "first_k_dense_replace": 0, "topk_method": "greedy"},
     "llama": {"rms_norm_eps": 1e-6},
     "qwen2": {"rms_norm_eps": 1e-6},
 }
@@ -266,12 +282,12 @@ def _translate(table: dict[str, Any]) -> dict[str, Any]:
         rope = dict(rope)
         table.setdefault("rope_theta", rope.pop("rope_theta", 10000.0))
         if rope.get("rope_type", rope.get("type", "default")) != "default":
-            table.setdefault("rope_scaling", rope)
+            table["rope_scaling"] = table.get("rope_scaling") or rope
     if "num_mtp_layers" in table:
         table.setdefault("num_nextn_predict_layers", table.pop("num_mtp_layers"))
     for key in ("eos_token_id", "bos_token_id"):
         if isinstance(table.get(key), list):
-            table[key] = table[key][0]
+            table[key] = next(iter(table[key]), None)
     return table
 
 
@@ -282,17 +298,20 @@ def _check(config: ModelConfig, where: str) -> None:
         if not condition:
             raise TaelError(f"{where}: {message}")
 
+    _check_kinds(config, need)
     sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     if config.is_mla:
         sizes += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
         if config.n_routed_experts:
             sizes += ["num_experts_per_tok", "moe_intermediate_size"]
     for key in sizes:
-        value = getattr(config, key)
-        need(isinstance(value, int) and not isinstance(value, bool) and value >= 1, f"{key} must be a whole number >= 1, not {value!r}")
+        need(getattr(config, key) >= 1, f"{key} must be a whole number >= 1, not {getattr(config, key)}")
     need(config.hidden_act == "silu", f"hidden_act '{config.hidden_act}' is not supported, only 'silu'")
     rotary = config.qk_rope_head_dim if config.is_mla else config.gqa_head_dim
-    need(rotary % 2 == 0, f"{'qk_rope_head_dim' if config.is_mla else 'head_dim'} {rotary} must be even: RoPE rotates pairs")
+    need(
+        rotary % 2 == 0,
+        f"{'qk_rope_head_dim' if config.is_mla else 'head_dim'} {rotary} must be even: RoPE rotates pairs",
+    )
     if not config.is_mla:
         need(
             config.head_dim is not None or config.hidden_size % config.num_attention_heads == 0,
@@ -300,14 +319,69 @@ def _check(config: ModelConfig, where: str) -> None:
         )
         need(
             config.num_attention_heads % config.kv_heads == 0,
-            f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads {config.kv_heads}",
+            f"num_attention_heads {config.num_attention_heads} is no multiple of "
+            f"num_key_value_heads {config.kv_heads}",
         )
     elif config.n_routed_experts:
         _check_experts(config, need)
     if config.rope_scaling:
-        kind = config.rope_scaling.get("rope_type", config.rope_scaling.get("type"))
-        need(kind in ("yarn", "llama3", "linear"), f"rope_scaling type {kind!r} is not supported; use yarn, llama3 or linear")
-        need("factor" in config.rope_scaling, "rope_scaling lacks 'factor'")
+        _check_rope_scaling(config.rope_scaling, need)
+
+
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "bool": ("true or false", (bool,)),
+    "str": ("a string", (str,)),
+    "dict[str, Any]": ("a table", (dict,)),
+}
+_AT_LEAST_ONE = ("num_key_value_heads", "head_dim", "q_lora_rank", "n_group", "topk_group", "max_position_embeddings")
+_NOT_NEGATIVE = ("n_routed_experts", "n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")
+
+
+def _check_kinds(config: ModelConfig, need: Any) -> None:
+    """Each value of its field's type and within bounds: a config.json is a stranger's file."""
+    for field_ in dataclasses.fields(config):
+        value, name = getattr(config, field_.name), field_.name
+        if value is None:
+            continue  # only where the field allows it, see from_dict
+        words, types = _KINDS[str(field_.type).removesuffix(" | None")]
+        shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:37] + "..."
+        need(
+            isinstance(value, types) and (bool in types or not isinstance(value, bool)),
+            f"{name} must be {words}, not {shown}",
+        )
+        if isinstance(value, int | float):
+            need(-1e30 < value < (2**31 if types == (int,) else 1e30), f"{name} is out of range: {shown}")
+        if name in _AT_LEAST_ONE:
+            need(value >= 1, f"{name} must be 1 or more, not {shown}")
+        if name in _NOT_NEGATIVE or name in ("rms_norm_eps", "initializer_range"):
+            need(value >= 0, f"{name} must not be negative: {shown}")
+    need(config.rope_theta > 1, f"rope_theta must be more than 1, not {config.rope_theta}")
+    methods = (None, "noaux_tc", "greedy", "group_limited_greedy")
+    need(
+        config.topk_method in methods,
+        f"topk_method '{config.topk_method}' is none of {', '.join(map(str, methods[1:]))}",
+    )
+
+
+def _check_rope_scaling(scaling: dict[str, Any], need: Any) -> None:
+    kind = scaling.get("rope_type", scaling.get("type"))
+    need(
+        kind in ("yarn", "llama3", "linear"),
+        f"rope_scaling type {kind!r} is not supported; use yarn, llama3 or linear",
+    )
+    required = ["factor"]
+    if kind == "llama3":
+        required += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for key in required:
+        need(scaling.get(key) is not None, f"rope_scaling lacks '{key}'")
+    optional = ["original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"]
+    for key in [*required, *optional, "mscale", "mscale_all_dim"]:
+        value = scaling.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fine = value is None or (number and (0 < value < 1e30 or (value == 0 and key.startswith("mscale"))))
+        need(fine, f"rope_scaling: {key} must be a number above 0, not {value!r}")
 
 
 def _check_experts(config: ModelConfig, need: Any) -> None:

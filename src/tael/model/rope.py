@@ -74,7 +74,9 @@ def make_rope(config: ModelConfig, positions: Tensor) -> Rope:
         if kind == "yarn":
             frequency = _yarn(frequency, dim, config.rope_theta, scaling, config.max_position_embeddings)
             mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-            if mscale and all_dim:
+            if scaling.get("attention_factor") is not None:
+                temperature = scaling["attention_factor"]
+            elif mscale and all_dim:
                 temperature = yarn_mscale(scaling["factor"], mscale) / yarn_mscale(scaling["factor"], all_dim)
             else:
                 temperature = yarn_mscale(scaling["factor"])

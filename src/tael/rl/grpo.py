@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from tael.model.config import ModelConfig
+from tael.model.moe import Routing
 from tael.model.transformer import Transformer
 from tael.recipe import RlSettings
 from tael.rl.policy_loss import policy_loss
@@ -45,7 +46,14 @@ class PolicyGradient:
             kl_weight=settings.kl_weight,
             reference_logprobs=reference,
             max_length=settings.max_tokens,
+            batch_sequences=batch.whole_rows,
+            batch_tokens=batch.whole_tokens,
         )
+        if batch.whole_tokens is not None:
+            # The loop weighs parts by their tokens; this one's share of the whole loss is counted already.
+            total = total * (batch.whole_tokens / max(batch.tokens_to_learn, 1))
+            real = batch.mask.any(1)  # rows that only fill up a part are no load
+            routing = [Routing(r.scores[real], r.choice[real]) for r in routing]
         return Loss(total, {"loss": total.item(), **metrics}, routing)
 
     def _logprobs(self, model: Transformer, hidden: torch.Tensor, batch: RolloutBatch) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class RolloutBatch:
 
     tokens, targets [B, T] int64 (targets: the token after each); mask [B, T] where the target is a sampled token;
     sampler_logprobs [B, T] of those; advantages [B]. `sampled_tokens` and `prompt_tokens` count the whole rollout,
-    dropped groups included.
+    dropped groups included. In a part of a step's batch, `whole_rows` and `whole_tokens` (mask's sum) count the whole.
     """
 
     tokens: Tensor
@@ -34,23 +34,38 @@ class RolloutBatch:
     advantages: Tensor
     sampled_tokens: int
     prompt_tokens: int
+    whole_rows: int | None = None
+    whole_tokens: int | None = None
 
     @property
     def tokens_to_learn(self) -> int:
         return int(self.mask.sum())
 
     def split(self, parts: int) -> list[RolloutBatch]:
-        """The same rows in `parts` pieces; the counts of the whole rollout go with the first."""
-        fields = (self.tokens, self.targets, self.mask, self.sampler_logprobs, self.advantages)
+        """The same rows in `parts` pieces; the counts of the whole rollout go with the first.
+
+        Where there are fewer rows than parts, rows that teach nothing fill up: every process must pass the model.
+        """
+        rows = self.tokens.shape[0]
+        whole = (
+            rows if self.whole_rows is None else self.whole_rows,
+            self.tokens_to_learn if self.whole_tokens is None else self.whole_tokens,
+        )
+        empty = max(parts - rows, 0) if rows else 0
+        fields = [torch.cat((t, torch.zeros_like(t[:1].expand(empty, *t.shape[1:])))) for t in self._tensors()]
         pieces = zip(*(t.tensor_split(parts) for t in fields), strict=True)
         return [
-            RolloutBatch(*piece, self.sampled_tokens if i == 0 else 0, self.prompt_tokens if i == 0 else 0)
+            RolloutBatch(*piece, self.sampled_tokens if i == 0 else 0, self.prompt_tokens if i == 0 else 0, *whole)
             for i, piece in enumerate(pieces)
         ]
 
     def to(self, device: torch.device) -> RolloutBatch:
-        fields = (self.tokens, self.targets, self.mask, self.sampler_logprobs, self.advantages)
-        return RolloutBatch(*(t.to(device) for t in fields), self.sampled_tokens, self.prompt_tokens)
+        """The batch on `device`."""
+        names = ("tokens", "targets", "mask", "sampler_logprobs", "advantages")
+        return replace(self, **{n: t.to(device) for n, t in zip(names, self._tensors(), strict=True)})
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.tokens, self.targets, self.mask, self.sampler_logprobs, self.advantages
 
 
 @dataclass(frozen=True)
@@ -83,10 +98,17 @@ def answer_problems(
 
 
 class Rollouts:
-    """A Source for the Trainer: step n's problems and random numbers are fixed by (seed, n)."""
+    """A Source for the Trainer: step n's problems and random numbers are fixed by (seed, n).
 
-    def __init__(self, settings: RlSettings, tokenizer: Tokenizer, seed: int) -> None:
+    With `world_size` processes all sample the same completions, in step with one another (a sharded model's forward
+    pass needs all of them), and each trains on its share of the rows.
+    """
+
+    def __init__(
+        self, settings: RlSettings, tokenizer: Tokenizer, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.settings, self.tokenizer, self.seed = settings, tokenizer, seed
+        self.rank, self.world_size = rank, world_size
         self.metrics: dict[str, float] = {}
         self._stop = stop_ids(tokenizer)
 
@@ -103,7 +125,7 @@ class Rollouts:
         self.metrics = self._describe(answers, int(kept.sum()))
         advantages = group_advantages(rewards, scale=settings.loss != "dr_grpo").flatten()
         rows = kept.repeat_interleave(settings.group).nonzero().flatten().tolist()
-        return self._lay_out(answers, advantages, rows)
+        return self._lay_out(answers, advantages, rows).split(self.world_size)[self.rank]
 
     def _describe(self, answers: list[Answer], kept: int) -> dict[str, float]:
         count = len(answers)

@@ -32,9 +32,10 @@ def update_selection_bias(model: Transformer, loads: list[Tensor], speed: float)
             module.gate.e_score_correction_bias += speed * torch.sign(load.mean() - load)
 
 
-def sequence_balance_loss(routing: Routing, k: int) -> Tensor:
+def sequence_balance_loss(routing: Routing, k: int, weights: Tensor | None = None) -> Tensor:
     """Complementary sequence-wise loss, without its weight alpha (V3 eq. 17 to 20): mean over sequences of sum_i f_i P_i.
 
+    `weights` [B], adding up to 1, weigh the sequences; None weighs them equally.
     f_i = E/(K T) times how often expert i is among a token's top K by *unbiased* score, P_i = mean over the
     sequence of the score normalised over all experts. 1 when perfectly balanced.
     """
@@ -44,4 +45,5 @@ def sequence_balance_loss(routing: Routing, k: int) -> Tensor:
     chosen = F.one_hot(top, experts).sum((1, 2)).float()  # [B, E]
     frequency = chosen * (experts / (k * scores.shape[1]))
     probability = (scores / scores.sum(-1, keepdim=True)).mean(1)  # [B, E]
-    return (frequency * probability).sum(-1).mean()
+    each = (frequency * probability).sum(-1)  # [B]
+    return each.mean() if weights is None else (each * weights).sum()

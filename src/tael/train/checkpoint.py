@@ -13,9 +13,11 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
@@ -26,17 +28,16 @@ PREFIX = "step-"
 
 
 def save_checkpoint(stage: Path, tensors: dict[str, Tensor], state: dict[str, Any], parallel: Parallel, keep: int) -> Path:
-    """Write `stage/step-NNNNNN` for `state["step"]`, then drop all but the newest `keep`.
+    """Write `stage/step-NNNNNN` for `state["steps"]`, then drop all but the newest `keep`.
 
-    Raises TaelError when the disk is full or the folder cannot be written; what was saved before stays.
+    Later ones are dropped too: they are there only when they were damaged and this run went back before them.
+    Raises TaelError, in every process, when the disk is full or the folder cannot be written; what was saved before
+    stays.
     """
-    final = stage / f"{PREFIX}{state['step']:06d}"
+    final = stage / f"{PREFIX}{state['steps']:06d}"
     partial = stage / f".{final.name}.partial"
     try:
-        if parallel.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        parallel.barrier()
+        _in_main(parallel, lambda: _make_room(stage, partial))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
             dcp.save(
@@ -44,20 +45,41 @@ def save_checkpoint(stage: Path, tensors: dict[str, Tensor], state: dict[str, An
                 storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True),
                 no_dist=parallel.mesh is None,
             )
-        parallel.barrier()
-        if parallel.is_main:
-            _finish(partial, final, state)
-            for old in list_checkpoints(stage)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        parallel.barrier()
-    except OSError as error:
+        _in_main(parallel, lambda: _finish(partial, final, state))
+        _in_main(parallel, lambda: _prune(stage, state["steps"], keep))
+    except (OSError, dcp.api.CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise TaelError(f"{final}: cannot write the checkpoint: {error.strerror or error}; earlier ones are kept") from None
-    except dcp.api.CheckpointException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = next(iter(error.failures.values()))[0]
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise TaelError(f"{final}: cannot write the checkpoint: {reason}; earlier ones are kept") from None
     return final
+
+
+def _in_main(parallel: Parallel, work: Callable[[], None]) -> None:
+    """Do `work` in the main process while the others wait; raises OSError in all of them when it fails."""
+    failure: OSError | None = None
+    if parallel.is_main:
+        try:
+            work()
+        except OSError as error:
+            failure = error
+    failed = parallel.sum(torch.tensor([float(failure is not None)], device=parallel.device))
+    if failed.item():
+        raise failure or OSError("the main process could not write")
+
+
+def _make_room(stage: Path, partial: Path) -> None:
+    """An empty `partial`; what a killed process left half written goes."""
+    for left in stage.glob(f".{PREFIX}*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _prune(stage: Path, step: int, keep: int) -> None:
+    steps = {path: int(path.name.removeprefix(PREFIX)) for path in list_checkpoints(stage)}
+    upto = [path for path in steps if steps[path] <= step]
+    for path in [*upto[:-keep], *(p for p in steps if steps[p] > step)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
@@ -127,16 +149,23 @@ def load_latest(stage: Path, tensors: dict[str, Tensor], parallel: Parallel) -> 
 
 
 def _read(checkpoint: Path, tensors: dict[str, Tensor], parallel: Parallel) -> None:
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    held = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(held.keys() | wanted.keys()):
+        if held.get(name) != wanted.get(name):
+            raise TaelError(
+                f"{checkpoint}: does not fit this recipe's model ({name} is {held.get(name, 'missing')} there and "
+                f"{wanted.get(name, 'missing')} here); use another --run-dir, or --fresh"
+            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(
                 tensors,  # type: ignore[arg-type]
-                storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)),
+                storage_reader=reader,
                 no_dist=parallel.mesh is None,
             )
     except dcp.api.CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        raise TaelError(
-            f"{checkpoint}: does not fit this recipe's model ({reason}); use another --run-dir, or --fresh"
-        ) from None
+        raise TaelError(f"{checkpoint}: cannot be read ({reason}); use another --run-dir, or --fresh") from None

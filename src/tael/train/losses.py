@@ -43,7 +43,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None
+        # The factor stays fp32 (a scalar does not widen the product): rounded to bf16 it would shift every gradient.
+        return grad_hidden * grads[0], (grad_weight * grads[0]).to(ctx.weight_dtype), None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class LanguageModelling:
             routing = routing + extra
         if settings.balance_loss_weight and routing:
             k = model.config.num_experts_per_tok
-            balance = torch.stack([sequence_balance_loss(r, k) for r in routing]).sum()
+            weights = (batch.targets >= 0).sum(1) / count  # by tokens, so that parts of a batch add up to the whole
+            balance = torch.stack([sequence_balance_loss(r, k, weights) for r in routing]).sum()
             metrics["balance_loss"] = balance.item() / len(routing)
             total = total + settings.balance_loss_weight * balance
         return Loss(total, metrics, routing)
@@ -81,13 +82,16 @@ def mtp_targets(batch: Batch, depth: int) -> Tensor:
 def mtp_cross_entropy(
     model: Transformer, hidden: Tensor, batch: Batch, documents: Tensor | None
 ) -> tuple[Tensor, list[Routing]]:
-    """Mean over depths of the mean cross-entropy over the tokens each depth can learn (V3 eq. 24, 25)."""
-    depths = len(model.mtp)
+    """Mean over depths of the sum of cross-entropies over T (V3 eq. 24, 25).
+
+    T counts the main loss's tokens to learn for every depth, as in the paper, though a depth can predict a few
+    less: only so do the parts of a batch add up to the whole.
+    """
+    depths, count = len(model.mtp), max(batch.tokens_to_learn, 1)
     tokens = torch.cat((batch.tokens, batch.tokens[:, -1:].expand(-1, depths)), dim=1)  # the tail is never learned
     losses, routing = [], []
     for depth, features in enumerate(model.mtp_features(hidden, tokens, documents), start=1):
         targets = mtp_targets(batch, depth)
-        count = (targets >= 0).sum().clamp_min(1)
         losses.append(linear_cross_entropy(features.hidden, model.lm_head.weight, targets) / count)
         routing += features.routing
     return torch.stack(losses).mean(), routing

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from tael.errors import TaelError
 from tael.model.moe import Router
@@ -70,8 +71,9 @@ class Parallel:
         """Shard every block, then the rest; compute in `dtype`, reduce gradients in fp32, routers all in fp32."""
         if self.mesh is None:
             return model
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        # Inputs keep their precision: RoPE's angles are fp32 whatever the parameters are.
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        high = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
         for module in model.modules():
             if isinstance(module, Router):
                 fully_shard(module, mesh=self.mesh, mp_policy=high)
@@ -79,8 +81,19 @@ class Parallel:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)  # type: ignore[arg-type]
         fully_shard(model, mesh=self.mesh, mp_policy=policy)
         for name in ("features", "mtp_features", "logits"):
-            model.register_fsdp_forward_method(model, name)  # type: ignore[operator]
+            register_fsdp_forward_method(model, name)
         return model
+
+    def gather(self, model: Transformer) -> Transformer:
+        """A whole fp32 copy of a sharded model, on CPU in the main process; the model itself when it is not sharded."""
+        if self.mesh is None:
+            return model
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        whole = Transformer(model.config)
+        if self.is_main:
+            whole.load_state_dict(state)
+        return whole
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of `value` over all processes, in place."""

@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from tael.data import Batch, Loader
 from tael.errors import TaelError
@@ -98,6 +99,8 @@ class TrainerSetup:
     evaluate: Callable[[Transformer, int], dict[str, Any]] | None = None
     """(compute model, steps done) -> metrics of an "eval" line; called at the start, every eval_every, and at the end."""
     on_step: Callable[[int, dict[str, Any]], None] | None = None
+    on_saved: Callable[[StageResult, StageResult], None] | None = None
+    """(result at the last call or at the resume, result now), after each checkpoint: for the ledger."""
 
 
 class Trainer:
@@ -112,17 +115,16 @@ class Trainer:
         # Under fully_shard the mixed-precision policy is the twin.
         self.twin = Twin(self.model, dtype if parallel.mesh is None else torch.float32)
         self.optimizer = Optimizer(self.model, settings.optimizer)
-        self.result = StageResult()
+        self.result, self._recorded, self._resumed = StageResult(), StageResult(), False
         self.source = source
         self._log = MetricsLog(setup.directory / "metrics.jsonl", parallel.is_main)
 
     def run(self) -> StageResult:
         """Train to the last step, from the newest checkpoint if there is one. Raises Stopped on Ctrl-C or SIGTERM."""
-        setup = self.setup
-        saved = self._resume()
+        setup, resumed_at = self.setup, self.resume()
         began, before = time.perf_counter(), self.result.seconds
         with stop_on_signal() as stopping:
-            if saved is None:
+            if resumed_at == 0:
                 self._evaluate()
             while self.result.steps < setup.steps:
                 self._step()
@@ -155,8 +157,9 @@ class Trainer:
             update_selection_bias(self.model, loads, setup.bias_update_speed)
         seconds = time.perf_counter() - began
         result = self.result
-        flops = self.objective.flops(self.model.config, batch) * setup.parallel.world_size
-        tokens = batch.tokens.numel() * setup.parallel.world_size
+        work = torch.tensor([batch.tokens.numel(), self.objective.flops(self.model.config, batch)], dtype=torch.float64)
+        tokens, flops = setup.parallel.sum(work.to(setup.parallel.device)).tolist()
+        tokens = int(tokens)
         result.steps, result.tokens, result.flops = step + 1, result.tokens + tokens, result.flops + flops
         result.step_seconds += seconds
         metrics |= {"learning_rate": setup.settings.optimizer.learning_rate * factor, **self.source.metrics}
@@ -189,8 +192,8 @@ class Trainer:
     def _check(self, metrics: dict[str, float], norm: float) -> None:
         if not all(torch.isfinite(torch.tensor([*metrics.values(), norm]))):
             raise TaelError(
-                f"{self.setup.directory.name}: loss or gradient is no longer finite at step {self.result.steps + 1}; lower "
-                "the learning rate (stages.*.optimizer.learning_rate) and run again: it goes on from the last checkpoint"
+                f"{self.setup.directory.name}: loss or gradient is no longer finite at step {self.result.steps + 1}; begin again "
+                "with a lower stages.*.optimizer.learning_rate and --fresh (the run so far is moved aside, not deleted)"
             )
 
     def _report(self, metrics: dict[str, Any], loads: list[Tensor], tokens: int, flops: float, seconds: float) -> None:
@@ -228,23 +231,33 @@ class Trainer:
         return bool(self.setup.parallel.sum(value).item())
 
     def _tensors(self) -> dict[str, Tensor]:
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # a forward without backward (evaluation) leaves the root's parameters gathered
         tensors = {f"model.{name}": p.data for name, p in self.model.named_parameters()}
         tensors |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
         return tensors | {f"optimizer.{name}": value for name, value in self.optimizer.named_state().items()}
 
     def _save(self) -> None:
-        setup = self.setup
+        setup, now = self.setup, replace(self.result)
         save_checkpoint(
-            setup.directory, self._tensors(), asdict(self.result), setup.parallel, setup.settings.keep_checkpoints
+            setup.directory, self._tensors(), asdict(now), setup.parallel, setup.settings.keep_checkpoints
         )
+        if setup.on_saved:
+            setup.on_saved(self._recorded, now)
+        self._recorded = now
 
-    def _resume(self) -> dict[str, Any] | None:
+    def resume(self) -> int:
+        """Load the newest checkpoint if there is one, once; returns the steps already done. `run` does it too."""
+        if self._resumed:
+            return self.result.steps
+        self._resumed = True
         state = load_latest(self.setup.directory, self._tensors(), self.setup.parallel)
         if state is not None:
             self.result = StageResult(**state)
             self.twin.sync()
+        self._recorded = replace(self.result)
         self._log.cut(self.result.steps if state is not None else -1)
-        return state
+        return self.result.steps
 
 
 class MetricsLog:
@@ -272,7 +285,9 @@ class MetricsLog:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        self.path.write_text("".join(kept), encoding="utf-8")
+        whole = self.path.with_suffix(".partial")
+        whole.write_text("".join(kept), encoding="utf-8")
+        whole.replace(self.path)
 
 
 @contextmanager

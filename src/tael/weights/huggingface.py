@@ -259,17 +259,21 @@ def load_model(
 def _check_config_file(path: Path) -> tuple[int, int]:
     """Refuse settings that would change the numbers and that ModelConfig does not know; return the FP8 block."""
     table = json.loads(path.read_text(encoding="utf-8"))
+    rope = table.get("rope_parameters")
+    flat = {**rope, **table} if isinstance(rope, dict) else table
     for key, harmless in (("use_sliding_window", False), ("mlp_bias", False), ("partial_rotary_factor", 1)):
-        if table.get(key) not in (None, harmless):
-            raise TaelError(f"{path}: {key} = {json.dumps(table[key])} is not supported, only {json.dumps(harmless)}")
+        if flat.get(key) not in (None, harmless):
+            raise TaelError(f"{path}: {key} = {json.dumps(flat[key])} is not supported, only {json.dumps(harmless)}")
     quantization = table.get("quantization_config")
     if not isinstance(quantization, dict):
         return FP8_BLOCK, FP8_BLOCK
     method = quantization.get("quant_method")
     if method != "fp8":
         raise TaelError(f"{path}: weights quantised by '{method}' are not supported; take the bf16 or fp8 release")
-    rows, columns = quantization.get("weight_block_size") or (FP8_BLOCK, FP8_BLOCK)
-    return int(rows), int(columns)
+    block = quantization.get("weight_block_size") or [FP8_BLOCK, FP8_BLOCK]
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b >= 1 for b in block)):
+        raise TaelError(f"{path}: weight_block_size must be two whole numbers, not {json.dumps(block)}")
+    return block[0], block[1]
 
 
 class _Files:

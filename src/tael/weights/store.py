@@ -43,6 +43,8 @@ def finished_models(run: Path) -> list[Path]:
     Without any result.json every stage that wrote a model counts: a run copied without its records.
     """
     models = [path.parent for path in run.glob("*/model/config.json")]
+    if not models:
+        return []
     done = [model for model in models if (model.parent / "result.json").is_file()] or models
     order = _stage_order(run)
     return sorted(

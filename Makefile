@@ -1,0 +1,44 @@
+# Tael: `make demo` trains a small reasoning assistant and lets you talk to it; `make help` lists the rest.
+# VENV=path uses another virtual environment, PYTHON=program another Python (3.11 or newer) to make it with.
+
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.tael-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## make the virtual environment, where it is not up to date
+
+# The pin in constraints.txt alone decides which torch pip takes.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing Tael and what it needs into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,lint]"
+	@touch $@
+
+demo: setup  ## from text to a reasoning assistant, with its price
+	@$(BIN)/tael run recipes/demo.toml
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/tael chat runs/demo; \
+	else echo "talk to it: $(BIN)/tael chat runs/demo"; fi
+
+test: setup  ## run all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## style, types, and who may import whom
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/lint-imports --no-cache
+
+bench: setup  ## run every benchmark of bench/, which write results/
+	@for program in bench/*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+
+clean:  ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests bench -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf src/*.egg-info

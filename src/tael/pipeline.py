@@ -1,0 +1,240 @@
+"""Runs a recipe: prepare, then its stages in order, each priced; skips what is finished, resumes what is not.
+
+    run_recipe(load_recipe("recipes/demo.toml"), Path("runs/demo"), reporter)
+
+The same recipe and run directory go on from wherever the last attempt ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tael.cost.ledger import Entry, Ledger
+from tael.cost.measure import peak_memory_bytes, reset_peak_memory
+from tael.cost.prices import dollars, energy
+from tael.cost.report import write_report
+from tael.errors import TaelError
+from tael.model import Transformer, build_model
+from tael.preparation import Prepared, check_recipe, open_directory, prepare, write_whole
+from tael.recipe import Recipe, StageSettings
+from tael.stages import plan_stage
+from tael.train import Parallel, StageResult, Trainer, TrainerSetup, choose_device
+from tael.weights import load_model, resolve, save_model
+
+LEDGER = "ledger.sqlite"
+
+
+class Reporter(Protocol):
+    """Who is told how a run is going; only the main process calls."""
+
+    def say(self, text: str) -> None: ...
+    def stage(self, name: str, kind: str, steps: int, done: int) -> None: ...
+    def step(self, step: int, metrics: dict[str, Any]) -> None: ...
+    def evaluated(self, step: int, metrics: dict[str, Any]) -> None: ...
+    def stage_done(self, name: str, metrics: dict[str, Any]) -> None: ...
+
+
+class Silent:
+    """A Reporter that says nothing."""
+
+    def say(self, text: str) -> None: ...
+    def stage(self, name: str, kind: str, steps: int, done: int) -> None: ...
+    def step(self, step: int, metrics: dict[str, Any]) -> None: ...
+    def evaluated(self, step: int, metrics: dict[str, Any]) -> None: ...
+    def stage_done(self, name: str, metrics: dict[str, Any]) -> None: ...
+
+
+def default_run_directory(recipe: Recipe) -> Path:
+    """runs/NAME, where the recipe's run lives unless told otherwise."""
+    return Path("runs") / recipe.name
+
+
+def run_recipe(recipe: Recipe, run_directory: Path, reporter: Reporter, *, fresh: bool = False) -> dict[str, Any]:
+    """Run `recipe` to its end and return the summary (as in summary.json).
+
+    Raises TaelError for what the user can mend, and its kind `Stopped` after Ctrl-C; both leave a run that the same
+    call goes on with. Ctrl-C outside a training step raises KeyboardInterrupt, with the same promise.
+    """
+    check_recipe(recipe)
+    parallel = Parallel.start(choose_device(recipe.device))
+    reporter = reporter if parallel.is_main else Silent()
+    try:
+        if parallel.is_main:
+            open_directory(recipe, run_directory, fresh)
+        parallel.barrier()
+        with _only_one(run_directory, parallel):
+            return _run(recipe, run_directory, parallel, reporter)
+    finally:
+        parallel.finish()
+
+
+def _run(recipe: Recipe, directory: Path, parallel: Parallel, reporter: Reporter) -> dict[str, Any]:
+    costs = Costs(recipe, directory, parallel)
+    reporter.stage("prepare", "prepare", 0, 0)
+    with costs.measured("prepare", "prepare"):
+        prepared = prepare(recipe, directory, parallel, reporter.say)
+    reporter.stage_done("prepare", {})
+    write_summary(prepared, finished=False)
+    previous: Path | None = resolve(recipe.base) if recipe.base else None
+    for name, settings in recipe.stages.items():
+        stage = directory / name
+        if not (stage / "result.json").exists():
+            run_stage(prepared, name, settings, previous, costs, reporter)
+        previous = stage / "model"
+    summary = write_summary(prepared, finished=True)
+    if parallel.is_main:
+        write_report(directory, costs.ledger)
+    parallel.barrier()
+    return summary
+
+
+def run_stage(
+    prepared: Prepared, name: str, settings: StageSettings, previous: Path | None, costs: Costs, reporter: Reporter
+) -> None:
+    """Train one stage from its checkpoint or from `previous`'s model, and leave model/ and result.json behind."""
+    directory, parallel = prepared.directory / name, prepared.parallel
+    directory.mkdir(exist_ok=True)
+    reset_peak_memory()
+    model = load_model(previous) if previous else build_model(prepared.config, prepared.recipe.seed)
+    plan = plan_stage(prepared, name, settings, model)
+    kind = getattr(settings, "kind", name)
+
+    def evaluate(compute: Transformer, step: int) -> dict[str, Any]:
+        metrics = plan.evaluate(compute, step)
+        if metrics:
+            reporter.evaluated(step, metrics)
+        return metrics
+
+    setup = TrainerSetup(
+        directory,
+        plan.steps,
+        settings,
+        parallel,
+        plan.micro_batches,
+        plan.bias_update_speed,
+        prepared.peak_flops(settings.precision),
+        evaluate,
+        reporter.step,
+        costs.segment(name, kind, prepared.peak_flops(settings.precision)),
+    )
+    trainer = Trainer(model, plan.source, plan.objective, setup)
+    reporter.stage(name, kind, plan.steps, trainer.resume())
+    result = trainer.run()
+    trained = parallel.gather(trainer.model)
+    if parallel.is_main:
+        save_model(trained, directory / "model", prepared.tokenizer)
+        write_whole(directory / "result.json", json.dumps(asdict(result), indent=1))
+    parallel.barrier()
+    reporter.stage_done(name, result.metrics)
+
+
+class Costs:
+    """Prices what is done: one ledger entry for each uninterrupted piece of a stage, written with its checkpoint."""
+
+    def __init__(self, recipe: Recipe, directory: Path, parallel: Parallel) -> None:
+        self.price, self.run, self.parallel = recipe.price, directory.name, parallel
+        self.ledger = Ledger(directory.parent / LEDGER)
+
+    def add(self, stage: str, kind: str, started: datetime, result: StageResult, peak: float | None = None) -> None:
+        """Record `result`, counted from `started`; seconds are dollars at the recipe's price an hour."""
+        if not self.parallel.is_main:
+            return
+        seconds, joules = result.seconds, energy(result.seconds, self.price.watts)
+        self.ledger.add(
+            Entry(
+                run=self.run,
+                stage=stage,
+                kind=kind,
+                started=started.isoformat(),
+                tokens=result.tokens,
+                flops=result.flops,
+                utilisation=result.flops / (result.step_seconds * peak) if peak and result.step_seconds else None,
+                seconds=seconds,
+                peak_memory_bytes=peak_memory_bytes(),
+                joules=joules,
+                joules_estimated=joules is not None,
+                price_per_hour=self.price.dollars_per_hour,
+                dollars=dollars(seconds, self.price.dollars_per_hour),
+                steps=result.steps,
+            )
+        )
+
+    @contextmanager
+    def measured(self, stage: str, kind: str) -> Iterator[None]:
+        """Record the time the block takes, however it ends."""
+        started, began = datetime.now(UTC), time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, kind, started, StageResult(seconds=time.perf_counter() - began))
+
+    def segment(self, stage: str, kind: str, peak: float):
+        """A function that records what was done since it was last called; given to the loop's `on_saved`."""
+        last: list[Any] = [datetime.now(UTC), None]
+
+        def record(before: StageResult, now: StageResult) -> None:
+            done = StageResult(
+                now.steps - before.steps,
+                now.tokens - before.tokens,
+                now.flops - before.flops,
+                now.seconds - before.seconds,
+                now.step_seconds - before.step_seconds,
+            )
+            self.add(stage, kind, last[0], done, peak * self.parallel.world_size)
+            last[0] = datetime.now(UTC)
+
+        return record
+
+
+def write_summary(prepared: Prepared, *, finished: bool) -> dict[str, Any]:
+    """Collect the run's figures from its stages' results into summary.json."""
+    config, environment = prepared.config, prepared.environment
+    summary: dict[str, Any] = {
+        "name": prepared.directory.name,
+        "finished": finished,
+        "model": {
+            "parameters_total": config.parameters(),
+            "parameters_active": config.parameters(active=True),
+            "cache_bytes_per_token": config.cache_bytes_per_token(),
+            "mha_cache_bytes_per_token": config.mha_cache_bytes_per_token(),
+        },
+        "matrix_peak_flops": environment["matrix_peak_flops"]["bf16"],
+        "device": environment["processor"] if environment["device"] == "cpu" else environment["device"],
+        "bits_per_byte": None,
+        "accuracy": {},
+    }
+    for name, settings in prepared.recipe.stages.items():
+        path = prepared.directory / name / "result.json"
+        metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
+        if "bits_per_byte" in metrics:
+            summary["bits_per_byte"] = metrics["bits_per_byte"]
+        if "accuracy" in metrics:
+            is_rl = getattr(settings, "kind", "") == "rl"
+            summary["accuracy"]["after" if is_rl else "before"] = metrics["accuracy"]
+    if prepared.parallel.is_main:
+        write_whole(prepared.directory / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+@contextmanager
+def _only_one(directory: Path, parallel: Parallel) -> Iterator[None]:
+    """Hold the run directory's lock; raises TaelError when another process runs there."""
+    if not parallel.is_main:
+        yield
+        return
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TaelError(f"{directory}: another `tael run` is at work here; wait for it or stop it first") from None
+        yield

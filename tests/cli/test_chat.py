@@ -1,0 +1,198 @@
+"""The chat: how answers come apart, what commands do, and the terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from tael import load_model, load_tokenizer
+from tael.chat import Conversation, Piece, Screen, printable
+from tael.engine import Engine, SamplingParams, TokenEvent
+from tael.errors import TaelError
+
+
+class Scripted(Engine):
+    """An engine that says given tokens."""
+
+    def __init__(self, model, tokenizer, tokens):
+        super().__init__(model, tokenizer)
+        self.tokens, self.prompts = tokens, []
+
+    def stream(self, prompt, params=None, **options):
+        self.prompts.append(list(prompt))
+        for i, token in enumerate(self.tokens):
+            reason = "stop" if i == len(self.tokens) - 1 else None
+            yield TokenEvent(token, self.tokenizer.decode([token]), 0.0, reason)
+
+
+@pytest.fixture(scope="module")
+def parts(model):
+    return load_model(model), load_tokenizer(model)
+
+
+@pytest.fixture
+def talk_of(parts):
+    def make(*said: str, **options) -> Conversation:
+        tokenizer = parts[1]
+        tokens = [i for part in said for i in tokenizer.encode_with_special(part)]
+        engine = Scripted(*parts, tokens)
+        return Conversation(engine, tokenizer, SamplingParams(32), **options)
+
+    return make
+
+
+def joined(pieces, kind: str) -> str:
+    return "".join(piece.text for piece in pieces if piece.kind == kind)
+
+
+EOS = "<｜end▁of▁sentence｜>"
+
+
+def test_a_thinking_answer_comes_apart(talk_of):
+    talk = talk_of("<think>", "1+1=2", "</think>", "It is 2.", EOS)
+    pieces = list(talk.ask("1+1=?"))
+    assert joined(pieces, "thought") == "1+1=2" and joined(pieces, "answer") == "It is 2."
+    assert pieces.count(Piece("folded")) == 1
+    assert talk.reply.thought_tokens == 1 + len(talk.tokenizer.encode("1+1=2"))
+    assert [m.role for m in talk.messages] == ["user", "assistant"]
+    assert (talk.messages[1].content, talk.messages[1].reasoning) == ("It is 2.", "1+1=2")
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [("free", ("</think>", "Yes.")), ("direct", ("Yes.",)), ("think", ("hm", "</think>", "Yes."))],
+)
+def test_every_mode(talk_of, mode, said):
+    talk = talk_of(*said, EOS, mode=mode)
+    pieces = list(talk.ask("Well?"))
+    assert joined(pieces, "answer") == "Yes."
+    assert joined(pieces, "thought") == ("hm" if mode == "think" else "")
+    last = talk.engine.prompts[0][-1]
+    assert last == {"free": talk.tokenizer.assistant_id, "think": talk.tokenizer.think_id}.get(
+        mode, talk.tokenizer.end_think_id
+    )
+
+
+def test_the_history_goes_into_the_next_prompt_and_reset_empties_it(talk_of):
+    talk = talk_of("</think>", "Fine.", EOS, system="Be kind.")
+    list(talk.ask("How are you?"))
+    list(talk.ask("And now?"))
+    prompt = talk.tokenizer.decode(talk.engine.prompts[1])
+    assert all(part in prompt for part in ("Be kind.", "How are you?", "Fine.", "And now?"))
+    assert talk.params.seed == 2
+    talk.command("/reset")
+    list(talk.ask("Who?"))
+    assert "How are you?" not in talk.tokenizer.decode(talk.engine.prompts[2])
+
+
+def test_an_answer_broken_off_stays_a_question_and_what_was_said(talk_of):
+    talk = talk_of("</think>", "One two three", EOS)
+    pieces = talk.ask("Count")
+    next(pieces)
+    pieces.close()
+    assert [m.role for m in talk.messages] == ["user", "assistant"]
+
+
+def test_a_full_context_forgets_the_oldest_and_says_so(talk_of):
+    talk = talk_of("</think>", "ok", EOS)
+    for number in range(8):
+        list(talk.ask(f"{number} " * 15))
+    assert talk.forgotten > 0 and talk.forgotten % 2 == 0
+    assert all(len(p) + talk.params.max_tokens <= 160 for p in talk.engine.prompts)
+    with pytest.raises(TaelError, match="does not fit the model's context of 160"):
+        list(talk.ask("x y z " * 200))
+    assert talk.messages[-1].role == "assistant"
+
+
+def test_commands(talk_of):
+    talk = talk_of("ok", EOS)
+    assert "/temperature" in talk.command("/help")
+    talk.command("/think off")
+    talk.command("/temperature 0.25")
+    talk.command("/system You are brief.")
+    assert (talk.mode, talk.params.temperature, talk.system) == ("direct", 0.25, "You are brief.")
+    for wrong in ("/think maybe", "/temperature warm", "/temperature -1", "/rest"):
+        with pytest.raises(TaelError):
+            talk.command(wrong)
+    with pytest.raises(TaelError, match="did you mean '/reset'"):
+        talk.command("/rest")
+
+
+def test_what_a_model_says_cannot_steer_the_terminal(talk_of):
+    assert printable("a\x1b[2Jb\x07\x9bc\nd\te") == "a[2Jbc\nd\te"
+    talk = talk_of("</think>", "red \x1b[31m [bold]text[/bold]", EOS)
+    out = Console(file=io.StringIO(), force_terminal=True, width=60)
+    Screen(out, out).show(talk, talk.ask("?"))
+    assert "red [31m [bold]text[/bold]" in out.file.getvalue()
+
+
+def test_thoughts_are_shown_and_folded_in_a_terminal_only(talk_of):
+    for terminal in (True, False):
+        talk = talk_of("<think>", "deep thought", "</think>", "42", EOS)
+        out = Console(file=io.StringIO(), force_terminal=terminal, width=60)
+        notes = Console(file=io.StringIO())
+        Screen(out, notes).show(talk, talk.ask("?"))
+        assert ("deep thought" in out.file.getvalue()) is terminal
+        assert "thought for " in notes.file.getvalue() and " tok/s" in notes.file.getvalue()
+        assert out.file.getvalue().endswith("42\n")
+
+
+def test_lines_through_a_pipe(call, model):
+    result = call("chat", model, "--max-tokens", "4", text="hello\n\n/think on\n/help\nagain\n/exit\nnever\n")
+    assert result.exit_code == 0
+    assert result.stderr.count("tok/s") == 2 and "thinking: on" in result.stderr and "/system TEXT" in result.stderr
+    assert call("chat", model, "--max-tokens", "4", text="").exit_code == 0
+
+
+def test_a_wrong_command_through_a_pipe_ends_it(call, fails, model):
+    assert "did you mean '/think'" in fails("chat", model, text="/thinking on\nhello\n")
+    assert "/think takes" in fails("chat", model, "--think", "maybe", text="")
+
+
+def _session(model, lines: list[str], interrupt: bool = False) -> tuple[int, str]:
+    """`tael chat` in a pseudo-terminal, one line typed at every prompt; its exit status and screen."""
+    pid, screen = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ |= {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+        os.execv(sys.executable, [sys.executable, "-m", "tael", "chat", str(model), "--max-tokens", "6"])
+    shown, typed, deadline = b"", 0, time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if select.select([screen], [], [], 0.2)[0]:
+            try:
+                part = os.read(screen, 65536)
+            except OSError:
+                break
+            if not part:
+                break
+            shown += part
+        elif shown.endswith(b"> ") and typed < len(lines):
+            os.write(screen, lines[typed].encode())
+            typed += 1
+    os.close(screen)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return status, shown.decode(errors="replace")
+
+
+@pytest.mark.parametrize("leave", ["/exit\n", "\x04", "\x03"])
+def test_in_a_terminal(model, leave):
+    status, shown = _session(model, ["/temperature 0.5\n", "/wrong\n", "hello\n", leave])
+    assert status == 0, shown
+    assert "/help lists the commands" in shown and "temperature: 0.5" in shown
+    assert "unknown command /wrong" in shown and "tok/s" in shown and "Traceback" not in shown
+
+
+def test_seeds_move_on(talk_of):
+    talk = talk_of("a", EOS)
+    talk.params = replace(talk.params, seed=5)
+    list(talk.ask("?"))
+    assert talk.params.seed == 6
