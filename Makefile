@@ -23,8 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup  ## from text to a reasoning assistant, with its price
 	@$(BIN)/tael run recipes/demo.toml
-	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/tael chat runs/demo; \
-	else echo "talk to it: $(BIN)/tael chat runs/demo"; fi
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/tael chat runs/demo; else echo "(tael is $(BIN)/tael)"; fi
 
 test: setup  ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)

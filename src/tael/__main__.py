@@ -12,9 +12,12 @@ import os
 import signal
 import sys
 
+from tael.interrupts import guard_start
+
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed with one line on stderr, 2 wrong usage."""
+    guard_start()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may say what the terminal cannot
@@ -28,13 +31,19 @@ def main() -> None:
     except KeyboardInterrupt:
         print("tael: stopped", file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop: a second Ctrl-C must not tear the end
-    sys.exit(_flush() or code)  # type: ignore[arg-type]
+    code = _flush() or code
+    if code == 1:
+        # Past the interpreter's own end: after a Ctrl-C inside exec() (an import, a dataclass) CPython 3.11 kills
+        # itself there with SIGINT, although the exception was dealt with.
+        os._exit(1)
+    sys.exit(code)  # type: ignore[arg-type]
 
 
 def _flush() -> int:
     """Write out what is still held back; 1 when nobody takes it any more."""
     try:
         sys.stdout.flush()
+        sys.stderr.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             print(f"tael: standard output: {error.strerror}", file=sys.stderr)

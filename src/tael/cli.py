@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 import tael
 from tael.errors import TaelError
 from tael.failures import one_line
+from tael.interrupts import interruptible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,7 @@ def run(
 ) -> None:
     """Run a recipe to its end. The same command goes on after Ctrl-C, a crash or a restart."""
     try:
-        _run(recipe, _own_text(overrides or []), run_dir, fresh, as_json)
+        _run(recipe, overrides or [], run_dir, fresh, as_json)
     except KeyboardInterrupt:
         raise TaelError("stopped; the same command goes on from there") from None
 
@@ -102,17 +103,10 @@ def _run(path: Path, overrides: list[str], run_dir: Path | None, fresh: bool, as
     directory = run_dir or default_run_directory(recipe)
     if os.environ.get("RANK", "0") != "0":  # one of several under torchrun: the first one does the talking
         console.quiet = True
-    with make_reporter(console, recipe.stages) as reporter:
+    with interruptible(), make_reporter(console, recipe.stages) as reporter:
         summary = run_recipe(recipe, directory, reporter, fresh=fresh)
     if not console.quiet:
         _show_end(console, directory, summary, as_json)
-
-
-def _own_text(overrides: list[str]) -> list[str]:
-    """`--set data.path=book.txt` alone replaces the recipe's sources, as the setting says it does."""
-    keys = [override.partition("=")[0].strip() for override in overrides]
-    replaces = any(key in ("data.path", "data.dataset") for key in keys) and "data.sources" not in keys
-    return [*overrides, "data.sources=[]"] if replaces else overrides
 
 
 def _show_end(console: Console, directory: Path, summary: dict[str, Any], as_json: bool) -> None:
@@ -123,7 +117,7 @@ def _show_end(console: Console, directory: Path, summary: dict[str, Any], as_jso
     from tael.cost.tables import cost_rows, cost_table
 
     ledger, record = Ledger(_ledger_beside(directory)), read_run(directory)
-    name, report_page = directory.resolve().name, directory / "report.html"
+    name, report_page = summary["name"], directory / "report.html"
     if as_json:
         costs = cost_rows(ledger, name)
         _print_json({"directory": str(directory), "summary": summary, "costs": costs, "report": str(report_page)})
@@ -144,14 +138,15 @@ def costs(
 ) -> None:
     """What runs, or the stages of one run, cost."""
     from tael.cost.ledger import Ledger
+    from tael.cost.rundata import run_name
     from tael.cost.tables import cost_rows, cost_table
 
     if ledger is not None and not ledger.is_file():
         raise TaelError(f"{ledger}: no such ledger")
     path = ledger or RUNS / "ledger.sqlite"
-    if run is not None and Path(run).is_dir():
-        directory = Path(run).resolve()
-        path, run = ledger or _ledger_beside(directory), directory.name
+    directory = next((d for d in (Path(run or ""), RUNS / (run or "")) if run and d.is_dir()), None)
+    if directory is not None:
+        path, run = ledger or _ledger_beside(directory), run_name(directory)
     book = Ledger(path)
     if as_json:
         _print_json(cost_rows(book, run))
@@ -171,7 +166,9 @@ def report(
     if not directory.is_dir():
         known = ", ".join(sorted(path.parent.name for path in RUNS.glob("*/recipe.toml"))) or "none"
         raise TaelError(f"{run}: no such run; runs under {RUNS}/: {known}")
-    print(write_report(directory, Ledger(_ledger_beside(directory))))
+    with interruptible():
+        page = write_report(directory, Ledger(_ledger_beside(directory)))
+    print(page)
 
 
 # ------------------------------------------------------------- data and models
@@ -214,7 +211,7 @@ def pull(name: Annotated[str, typer.Argument(metavar="NAME", help="A source that
     from tael.data import SOURCES, fetch
 
     console = _console(stderr=True)
-    with console.status(f"looking for {name}") as status:
+    with interruptible(), console.status(f"looking for {name}") as status:
         folder = fetch(name, lambda line: status.update(line) if console.is_terminal else console.print(line))
     info = SOURCES[name]
     console.print(f"{name}: {info.description}; {info.licence}; {info.credit}", highlight=False, soft_wrap=True)
@@ -259,7 +256,8 @@ def convert(
     wanted = dtype or (Precision.bf16 if stored_type == "bfloat16" else Precision.fp32)
     kind = torch.bfloat16 if wanted is Precision.bf16 else torch.float32
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    save_model(load_model(folder, dtype=kind), target, tokenizer, kind)
+    with interruptible():
+        save_model(load_model(folder, dtype=kind), target, tokenizer, kind)
     print(target)
 
 
@@ -326,7 +324,8 @@ def chat(
     out = _console()
     size = transformer.config.parameters() / 1e6
     greeting = f"{folder}: {size:,.1f}M parameters. /help lists the commands, Ctrl-D leaves."
-    talk(conversation, Screen(out, out if out.is_terminal else _console(stderr=True)), greeting)
+    with interruptible():
+        talk(conversation, Screen(out, out if out.is_terminal else _console(stderr=True)), greeting)
 
 
 @app.command("eval")

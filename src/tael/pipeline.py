@@ -17,21 +17,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from tael.cost.ledger import Entry, Ledger
 from tael.cost.measure import peak_memory_bytes, reset_peak_memory
 from tael.cost.prices import dollars, energy
 from tael.cost.report import write_report
+from tael.cost.rundata import run_name
 from tael.errors import TaelError
 from tael.model import Transformer, build_model
-from tael.preparation import Prepared, check_recipe, open_directory, prepare, write_whole
+from tael.preparation import LEDGER, Prepared, check_recipe, open_directory, prepare, write_whole
 from tael.recipe import Recipe, StageSettings
 from tael.stages import plan_stage
 from tael.train import Parallel, StageResult, Trainer, TrainerSetup, choose_device
 from tael.weights import load_model, resolve, save_model
-
-LEDGER = "ledger.sqlite"
 
 
 class Reporter(Protocol):
@@ -142,7 +139,7 @@ class Costs:
     """Prices what is done: one ledger entry for each uninterrupted piece of a stage, written with its checkpoint."""
 
     def __init__(self, recipe: Recipe, directory: Path, parallel: Parallel) -> None:
-        self.price, self.run, self.parallel = recipe.price, directory.name, parallel
+        self.price, self.run, self.parallel = recipe.price, run_name(directory), parallel
         self.ledger = Ledger(directory.parent / LEDGER)
 
     def add(self, stage: str, kind: str, started: datetime, result: StageResult, peak: float | None = None) -> None:
@@ -200,7 +197,7 @@ def write_summary(prepared: Prepared, *, finished: bool) -> dict[str, Any]:
     """Collect the run's figures from its stages' results into summary.json."""
     config, environment = prepared.config, prepared.environment
     summary: dict[str, Any] = {
-        "name": prepared.directory.name,
+        "name": run_name(prepared.directory),
         "finished": finished,
         "model": {
             "parameters_total": config.parameters(),
@@ -236,5 +233,7 @@ def _only_one(directory: Path, parallel: Parallel) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise TaelError(f"{directory}: another `tael run` is at work here; wait for it or stop it first") from None
+            raise TaelError(
+                f"{directory}: another `tael run` is at work here; wait for it or stop it first"
+            ) from None
         yield

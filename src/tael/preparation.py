@@ -18,6 +18,7 @@ from typing import Any
 import tomli_w
 import torch
 
+from tael.cost.ledger import Ledger
 from tael.cost.measure import matrix_peak
 from tael.data import Document, Rows, Tokenizer, load_tokenizer, pack_documents, train_tokenizer
 from tael.data.sources import documents, split
@@ -27,6 +28,9 @@ from tael.recipe import PretrainSettings, Recipe, TrainSettings, load_recipe
 from tael.rl.tasks import make_task
 from tael.train.parallel import Parallel
 from tael.weights import resolve
+
+LEDGER = "ledger.sqlite"
+"""The ledger's file name, beside the run directories."""
 
 Say = Callable[[str], None]
 
@@ -78,7 +82,9 @@ def check_recipe(recipe: Recipe) -> None:
             if not tasks and not dialogues:
                 raise TaelError(f"recipe: stages.{name} has nothing to learn from: give tasks or dialogues")
     if not has_text(recipe) and recipe.base is None and recipe.tokenizer.path is None:
-        raise TaelError("recipe: a tokenizer cannot be trained without text: give data.sources, data.path or data.dataset")
+        raise TaelError(
+            "recipe: a tokenizer cannot be trained without text: give data.sources, data.path or data.dataset"
+        )
 
 
 def has_text(recipe: Recipe) -> bool:
@@ -86,7 +92,7 @@ def has_text(recipe: Recipe) -> bool:
 
 
 def open_directory(recipe: Recipe, directory: Path, fresh: bool) -> None:
-    """Make the run directory, or check that it is this recipe's. `fresh` moves an older run aside, nothing is deleted."""
+    """Make the run directory, or check that it is this recipe's. `fresh` moves an older run aside."""
     saved = directory / "recipe.toml"
     if fresh and directory.exists():
         number = 1
@@ -102,9 +108,20 @@ def open_directory(recipe: Recipe, directory: Path, fresh: bool) -> None:
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        write_whole(directory / "run.json", json.dumps({"name": _unused_name(directory)}))
         write_whole(saved, tomli_w.dumps(recipe.model_dump(exclude_none=True)))
     except OSError as error:
         raise TaelError(f"{directory}: cannot be written: {error.strerror}") from None
+
+
+def _unused_name(directory: Path) -> str:
+    """A name that the ledger does not know yet: the directory's, or that with a number after --fresh."""
+    known = {total.key for total in Ledger(directory.parent / LEDGER).totals("run")}
+    name, number = directory.resolve().name, 1
+    while name in known:
+        number += 1
+        name = f"{directory.resolve().name}-{number}"
+    return name
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

@@ -215,6 +215,18 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     table[last] = _parse_value(value.strip())
 
 
+ORIGINS = ("sources", "path", "dataset")
+
+
+def _replace_origin(table: dict[str, Any], overrides: list[str]) -> None:
+    """`--set data.path=book.txt` alone takes the place of the recipe's sources: text has one origin."""
+    given = {override.partition("=")[0].strip().removeprefix("data.") for override in overrides}
+    data = table.get("data")
+    if isinstance(data, dict) and given & set(ORIGINS):
+        for origin in set(ORIGINS) - given:
+            data.pop(origin, None)
+
+
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Valid keys of the table that `location` (a pydantic error path) points into."""
     tables: dict[str, type[Settings]] = {
@@ -274,4 +286,5 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise TaelError(f"{path}: not a TOML file: {error}") from None
     for override in overrides or []:
         _apply_override(table, override)
+    _replace_origin(table, overrides or [])
     return parse_recipe(table, str(path))

@@ -1,4 +1,4 @@
-"""How each kind of stage is put together for the one training loop: its source of batches, objective and evaluation."""
+"""How each kind of stage is put together for the one training loop: batches, objective, evaluation."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
 
 def slow_down(seconds: float) -> None:
     """Announce and stretch both halves of a save."""
-    write, sync = checkpoints.dcp.HuggingFaceStorageWriter.write_data, checkpoints.sync
+    write, sync = checkpoints.HuggingFaceStorageWriter.write_data, checkpoints.sync
 
     def slow_write(self: Any, plan: Any, planner: Any) -> Any:
         result = write(self, plan, planner)
@@ -40,7 +40,7 @@ def slow_down(seconds: float) -> None:
         time.sleep(seconds / 10)
         sync(path)
 
-    checkpoints.dcp.HuggingFaceStorageWriter.write_data = slow_write  # type: ignore[method-assign]
+    checkpoints.HuggingFaceStorageWriter.write_data = slow_write  # type: ignore[method-assign]
     checkpoints.sync = slow_sync
 
 
@@ -57,7 +57,9 @@ def main() -> None:
     def on_step(step: int, metrics: dict[str, Any]) -> None:
         print(f"step {step}", flush=True)
 
-    setup = TrainerSetup(directory, steps, settings, Parallel(torch.device("cpu")), bias_update_speed=1e-3, on_step=on_step)
+    setup = TrainerSetup(
+        directory, steps, settings, Parallel(torch.device("cpu")), bias_update_speed=1e-3, on_step=on_step
+    )
     source, objective = LoaderSource(Loader(rows, 4, 1)), LanguageModelling(settings)
     trainer = Trainer(build_model(CONFIG, seed=1), source, objective, setup)
     print("ready", flush=True)

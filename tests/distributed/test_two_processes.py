@@ -1,4 +1,4 @@
-"""Two processes under torchrun (gloo, fully_shard) train as one does: losses, weights, experts' loads, checkpoints."""
+"""Two processes under torchrun (gloo, fully_shard) train as one does: losses, weights, loads, checkpoints."""
 
 from __future__ import annotations
 

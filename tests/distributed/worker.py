@@ -1,6 +1,6 @@
 """What `torchrun` starts in these tests: train the jobs of a JSON file one after the other, note how each ended.
 
-A job: {"name", "kind": "lm" | "rl", "steps", "precision", "matrices", "interrupt": [rank, step] or null, "full_disk"}.
+A job: {"name", "kind": "lm" | "rl", "steps", "precision", "matrices", "interrupt": [rank, step], "full_disk": step}.
 `build` also serves the tests' own process, so that one and two processes train exactly the same thing.
 """
 
@@ -86,7 +86,13 @@ def build(job: dict[str, Any], parallel: Parallel, directory: Path) -> Trainer:
         config = replace(CONFIG, vocab_size=tokenizer.vocab_size)
         tasks = [TaskSettings(name="addition", difficulty={"digits": 1})]
         settings = RlSettings(
-            tasks=tasks, problems=3, group=job.get("group", 3), max_tokens=5, mode="direct", loss=job["loss"], **shared
+            tasks=tasks,
+            problems=3,
+            group=job.get("group", 3),
+            max_tokens=5,
+            mode="direct",
+            loss=job["loss"],
+            **shared,
         )
         from tael.rl import rollout
 

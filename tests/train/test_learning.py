@@ -107,7 +107,9 @@ def test_bf16_twin_adds_up_gradients_in_fp32(tiny: ModelConfig) -> None:
         twin.collect_gradients()
     gradient = twin.master.norm.weight.grad
     assert gradient is not None and gradient.dtype == torch.float32
-    torch.testing.assert_close(gradient, torch.full((32,), 1000 * float(torch.tensor(1e-3).bfloat16())), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        gradient, torch.full((32,), 1000 * float(torch.tensor(1e-3).bfloat16())), rtol=1e-4, atol=0
+    )
 
 
 def test_bf16_keeps_tied_weights_tied(tiny: ModelConfig) -> None:

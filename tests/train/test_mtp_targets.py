@@ -11,7 +11,6 @@ from tael.train.objective import LanguageModelling, mtp_targets
 
 X = -100
 TOKENS = torch.tensor([[10, 11, 12, 20, 21, 22, 23, 24]])
-NEXT_ = torch.tensor([[11, 12, X, 21, 22, 23, 24, X]])  # what follows within the document; 25 is beyond the row's end
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
 BATCH = Batch(TOKENS, torch.tensor([[11, 12, X, 21, 22, 23, 24, 25]]), DOCUMENTS)
 
@@ -43,7 +42,7 @@ def test_what_is_not_to_be_learned_is_not_learned() -> None:
 
 
 def test_loss_follows_the_paper() -> None:
-    """V3 eq. 24 and 25: every depth's sum over the tokens it can predict, divided by T, then lambda / D of the sum."""
+    """V3 eq. 24, 25: every depth's sum over the tokens it can predict, divided by T, then lambda / D of the sum."""
     config = ModelConfig(
         vocab_size=32, hidden_size=16, num_hidden_layers=1, n_routed_experts=4, num_nextn_predict_layers=2
     )

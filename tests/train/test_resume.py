@@ -158,9 +158,7 @@ def test_reinforcement_learning(tmp_path: Path, tokenizer, tiny, read_metrics, p
     whole = rl_trainer(tmp_path / "whole", model, tokenizer, precision)
     whole.run()
     with pytest.raises(Stopped):
-        rl_trainer(
-            tmp_path / "cut", model, tokenizer, precision, evaluate=evaluation, on_step=stop_after(3)
-        ).run()
+        rl_trainer(tmp_path / "cut", model, tokenizer, precision, evaluate=evaluation, on_step=stop_after(3)).run()
     resumed = rl_trainer(tmp_path / "cut", model, tokenizer, precision, evaluate=evaluation)
     resumed.run()
     assert_same(everything(whole), everything(resumed))
@@ -260,12 +258,14 @@ def test_full_disk(make_trainer, monkeypatch: pytest.MonkeyPatch, when: str) -> 
 
             if step == 4:
                 if when == "shards":
-                    patch.setattr(checkpoints.dcp.HuggingFaceStorageWriter, "write_data", fail)
+                    patch.setattr(checkpoints.HuggingFaceStorageWriter, "write_data", fail)
                 else:
                     patch.setattr(checkpoints, "_finish", fail)
 
         trainer.setup = replace(trainer.setup, on_step=on_step)
-        with pytest.raises(TaelError, match="step-000004: cannot write the checkpoint: No space left on device") as error:
+        with pytest.raises(
+            TaelError, match="step-000004: cannot write the checkpoint: No space left on device"
+        ) as error:
             trainer.run()
         assert "\n" not in str(error.value)
     directory = trainer.setup.directory
@@ -278,7 +278,11 @@ def test_full_disk(make_trainer, monkeypatch: pytest.MonkeyPatch, when: str) -> 
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"hidden_size": 64}, "weight is"), ({"num_hidden_layers": 1}, "missing"), ({"num_hidden_layers": 3}, "missing")],
+    [
+        ({"hidden_size": 64}, "weight is"),
+        ({"num_hidden_layers": 1}, "missing"),
+        ({"num_hidden_layers": 3}, "missing"),
+    ],
 )
 def test_another_model_is_refused(make_trainer, tiny: ModelConfig, change: dict[str, int], named: str) -> None:
     make_trainer("run", steps=2).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -40,5 +41,5 @@ def test_law(steps: int, warmup: float, decay: float, final: float, shape: str) 
     rising = [value for step, value in enumerate(found) if step < warmup * steps]
     falling = found[len(rising) :]
     assert rising == sorted(rising)
-    assert all(a >= b - 1e-12 for a, b in zip(falling, falling[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in pairwise(falling))
     assert all(value >= final - 1e-12 for value in falling)

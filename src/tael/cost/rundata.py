@@ -113,6 +113,12 @@ def read_accuracy(table: Any, mode: str) -> Accuracy | None:
     return Accuracy(correct, total)
 
 
+def run_name(directory: Path) -> str:
+    """The run's name in the ledger: run.json's, else the directory's."""
+    name = (_object(directory / "run.json") or {}).get("name")
+    return name if isinstance(name, str) and name else directory.resolve().name
+
+
 def read_run(directory: Path) -> RunRecord:
     """Read the run at `directory`; raises TaelError when it is no directory."""
     if not directory.is_dir():
@@ -123,7 +129,7 @@ def read_run(directory: Path) -> RunRecord:
     except tomllib.TOMLDecodeError:
         recipe = {}
     summary = _object(directory / "summary.json") or {}
-    name = summary.get("name") or recipe.get("name") or directory.resolve().name
+    name = summary.get("name") or run_name(directory)
     return RunRecord(
         directory=directory,
         name=str(name),

@@ -71,7 +71,9 @@ class Engine:
             run.step()
         return run.completions
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options) -> Iterator[TokenEvent]:
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options
+    ) -> Iterator[TokenEvent]:
         """Complete one prompt, yielding tokens as they come; `options` are SamplingParams fields, put over `params`.
 
         Raises TaelError, at the first token asked for, as `generate` does and for an unknown option.
@@ -83,7 +85,9 @@ class Engine:
             prompt = bos + self.tokenizer.encode(prompt)
         for name in options:
             if name not in SamplingParams.__dataclass_fields__:
-                raise TaelError(f"unknown sampling option '{name}'{did_you_mean(name, SamplingParams.__dataclass_fields__)}")
+                raise TaelError(
+                    f"unknown sampling option '{name}'{did_you_mean(name, SamplingParams.__dataclass_fields__)}"
+                )
         params = replace(params or SamplingParams(), **options)
         run = _Run(self, [prompt], [params])
         completion, shown = run.completions[0], ""

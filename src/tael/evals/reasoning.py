@@ -29,7 +29,12 @@ class ReasoningResult:
 
 
 def reasoning_accuracy(
-    model: Transformer, tokenizer: Tokenizer, asked: Sequence[Problem], mode: Mode, max_tokens: int = 64, batch: int = 256
+    model: Transformer,
+    tokenizer: Tokenizer,
+    asked: Sequence[Problem],
+    mode: Mode,
+    max_tokens: int = 64,
+    batch: int = 256,
 ) -> ReasoningResult:
     """Greedy answers to `asked`, judged by the exact verifiers."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_ids=stop_ids(tokenizer))
@@ -59,5 +64,3 @@ def samples(result: ReasoningResult, mode: Mode, label: str, count: int = 6) -> 
         }
         for answer in result.answers[:count]
     ]
-
-

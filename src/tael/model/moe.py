@@ -68,7 +68,7 @@ class Router(nn.Module):
         return gates * self.scale, Routing(scores, choice)
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Indices [.., K] of the experts with the best biased scores within the best groups (V3 eq. 16, section 2.1.2)."""
+        """Indices [.., K] of the best experts by biased score in the best groups (V3 eq. 16, section 2.1.2)."""
         biased = scores + self.e_score_correction_bias if hasattr(self, "e_score_correction_bias") else scores
         if self.limits_groups:
             grouped = biased.unflatten(-1, (self.groups, -1))  # [.., G, E/G]
@@ -159,7 +159,9 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config)
         if config.n_shared_experts:
-            self.shared_experts = FeedForward(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+            self.shared_experts = FeedForward(
+                config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+            )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x [B, T, D] -> [B, T, D] and what the router decided."""

@@ -38,7 +38,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(d, eps)
         self.self_attn = MultiHeadLatentAttention(config) if config.is_mla else GroupedQueryAttention(config)
         self.post_attention_layernorm = RMSNorm(d, eps)
-        self.mlp = MixtureOfExperts(config) if config.is_moe_layer(index) else FeedForward(d, config.intermediate_size)
+        self.mlp = (
+            MixtureOfExperts(config) if config.is_moe_layer(index) else FeedForward(d, config.intermediate_size)
+        )
 
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None = None

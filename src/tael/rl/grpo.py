@@ -16,7 +16,7 @@ from tael.recipe import RlSettings
 from tael.rl.policy_loss import policy_loss
 from tael.rl.rollout import RolloutBatch
 from tael.train.losses import token_logprobs
-from tael.train.objective import Loss
+from tael.train.objective import Loss, Work
 
 
 class PolicyGradient:
@@ -63,8 +63,8 @@ class PolicyGradient:
         )
         return torch.zeros(batch.mask.shape, device=picked.device).masked_scatter(batch.mask, picked)
 
-    def flops(self, config: ModelConfig, batch: RolloutBatch) -> float:
-        """Sampling (forward over every prompt and sampled token) plus training on the kept rows."""
-        context = batch.tokens.shape[1] / 2
-        sampling = (batch.sampled_tokens + batch.prompt_tokens) * config.flops_per_token(context, training=False)
-        return sampling + batch.tokens.numel() * 3 * config.flops_per_token(context, training=False)
+    def work(self, config: ModelConfig, batch: RolloutBatch) -> Work:
+        """Sampling (forward over every prompt and sampled token) plus training (3 forwards) on the kept rows."""
+        forward = config.flops_per_token(batch.tokens.shape[1] / 2, training=False)
+        sampled, trained = batch.sampled_tokens + batch.prompt_tokens, batch.tokens.numel()
+        return Work(sampled + trained, (sampled + 3 * trained) * forward)

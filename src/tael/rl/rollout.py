@@ -24,7 +24,8 @@ class RolloutBatch:
 
     tokens, targets [B, T] int64 (targets: the token after each); mask [B, T] where the target is a sampled token;
     sampler_logprobs [B, T] of those; advantages [B]. `sampled_tokens` and `prompt_tokens` count the whole rollout,
-    dropped groups included. In a part of a step's batch, `whole_rows` and `whole_tokens` (mask's sum) count the whole.
+    dropped groups included. In a part of a step's batch, `whole_rows` and `whole_tokens` (mask's sum) count the
+    whole.
     """
 
     tokens: Tensor
@@ -47,16 +48,24 @@ class RolloutBatch:
         Where there are fewer rows than parts, rows that teach nothing fill up: every process must pass the model.
         """
         rows = self.tokens.shape[0]
-        whole = (
-            rows if self.whole_rows is None else self.whole_rows,
-            self.tokens_to_learn if self.whole_tokens is None else self.whole_tokens,
-        )
+        whole_rows = rows if self.whole_rows is None else self.whole_rows
+        whole_tokens = self.tokens_to_learn if self.whole_tokens is None else self.whole_tokens
         empty = max(parts - rows, 0) if rows else 0
         fields = [torch.cat((t, torch.zeros_like(t[:1].expand(empty, *t.shape[1:])))) for t in self._tensors()]
-        pieces = zip(*(t.tensor_split(parts) for t in fields), strict=True)
+        tokens, targets, mask, logprobs, advantages = (t.tensor_split(parts) for t in fields)
         return [
-            RolloutBatch(*piece, self.sampled_tokens if i == 0 else 0, self.prompt_tokens if i == 0 else 0, *whole)
-            for i, piece in enumerate(pieces)
+            RolloutBatch(
+                tokens[i],
+                targets[i],
+                mask[i],
+                logprobs[i],
+                advantages[i],
+                0 if i else self.sampled_tokens,
+                0 if i else self.prompt_tokens,
+                whole_rows,
+                whole_tokens,
+            )
+            for i in range(parts)
         ]
 
     def to(self, device: torch.device) -> RolloutBatch:
@@ -86,7 +95,11 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def answer_problems(
-    engine: Engine, tokenizer: Tokenizer, asked: Sequence[Problem], mode, params: Sequence[SamplingParams] | SamplingParams
+    engine: Engine,
+    tokenizer: Tokenizer,
+    asked: Sequence[Problem],
+    mode,
+    params: Sequence[SamplingParams] | SamplingParams,
 ) -> list[Answer]:
     """Ask every problem once in `mode` and judge what comes."""
     prompts = [encode_prompt(tokenizer, [Message("user", p.prompt)], mode) for p in asked]
@@ -144,7 +157,9 @@ class Rollouts:
         }
         sampled = sum(len(a.completion.tokens) for a in answers)
         read = sum(len(prompts[a.problem.prompt]) for a in answers)
-        width = max((len(prompts[answers[r].problem.prompt]) + len(answers[r].completion.tokens) for r in rows), default=1)
+        width = max(
+            (len(prompts[answers[r].problem.prompt]) + len(answers[r].completion.tokens) for r in rows), default=1
+        )
         tokens = torch.zeros(len(rows), width, dtype=torch.int64)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         logprobs = torch.zeros(len(rows), width)

@@ -23,9 +23,9 @@ def moe_modules(model: Transformer) -> list[MixtureOfExperts]:
 
 @torch.no_grad()
 def update_selection_bias(model: Transformer, loads: list[Tensor], speed: float) -> None:
-    """Move each expert's bias by `speed`: down where it got more than the mean load, up where less (V3 section 2.1.2).
+    """Move each expert's bias by `speed`: down where it got more than the mean load, up where less.
 
-    loads: one [E] a MoE layer, over the whole batch of the step.
+    V3 section 2.1.2. loads: one [E] a MoE layer, over the whole batch of the step.
     """
     for module, load in zip(moe_modules(model), loads, strict=False):
         if hasattr(module.gate, "e_score_correction_bias"):
@@ -33,7 +33,9 @@ def update_selection_bias(model: Transformer, loads: list[Tensor], speed: float)
 
 
 def sequence_balance_loss(routing: Routing, k: int, weights: Tensor | None = None) -> Tensor:
-    """Complementary sequence-wise loss, without its weight alpha (V3 eq. 17 to 20): mean over sequences of sum_i f_i P_i.
+    """Complementary sequence-wise loss without its weight alpha: mean over sequences of sum_i f_i P_i.
+
+    V3 eq. 17 to 20.
 
     `weights` [B], adding up to 1, weigh the sequences; None weighs them equally.
     f_i = E/(K T) times how often expert i is among a token's top K by *unbiased* score, P_i = mean over the

@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from tael.errors import TaelError
 from tael.train.parallel import Parallel
@@ -27,7 +30,9 @@ from tael.train.parallel import Parallel
 PREFIX = "step-"
 
 
-def save_checkpoint(stage: Path, tensors: dict[str, Tensor], state: dict[str, Any], parallel: Parallel, keep: int) -> Path:
+def save_checkpoint(
+    stage: Path, tensors: dict[str, Tensor], state: dict[str, Any], parallel: Parallel, keep: int
+) -> Path:
     """Write `stage/step-NNNNNN` for `state["steps"]`, then drop all but the newest `keep`.
 
     Later ones are dropped too: they are there only when they were damaged and this run went back before them.
@@ -40,16 +45,16 @@ def save_checkpoint(stage: Path, tensors: dict[str, Tensor], state: dict[str, An
         _in_main(parallel, lambda: _make_room(stage, partial))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
-            dcp.save(
+            save(
                 dict(tensors),
-                storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
                 no_dist=parallel.mesh is None,
             )
         _in_main(parallel, lambda: _finish(partial, final, state))
         _in_main(parallel, lambda: _prune(stage, state["steps"], keep))
-    except (OSError, dcp.api.CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise TaelError(f"{final}: cannot write the checkpoint: {reason}; earlier ones are kept") from None
     return final
@@ -84,7 +89,9 @@ def _prune(stage: Path, step: int, keep: int) -> None:
 
 def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
     (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(partial.iterdir())}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(partial.iterdir())
+    }
     (partial / "manifest.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
     for path in [*partial.iterdir(), partial]:
         sync(path)
@@ -149,7 +156,7 @@ def load_latest(stage: Path, tensors: dict[str, Tensor], parallel: Parallel) -> 
 
 
 def _read(checkpoint: Path, tensors: dict[str, Tensor], parallel: Parallel) -> None:
-    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    reader = HuggingFaceStorageReader(str(checkpoint))
     held = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(held.keys() | wanted.keys()):
@@ -161,11 +168,11 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor], parallel: Parallel) -> N
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            dcp.load(
+            load(
                 tensors,  # type: ignore[arg-type]
                 storage_reader=reader,
                 no_dist=parallel.mesh is None,
             )
-    except dcp.api.CheckpointException as error:
+    except CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise TaelError(f"{checkpoint}: cannot be read ({reason}); use another --run-dir, or --fresh") from None

@@ -57,7 +57,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(hidden weight^T / temperature)[target], fp32. hidden [.., D], targets [..] -> [..]; differentiable."""
+    """log softmax(hidden weight^T / temperature)[target], fp32, differentiable. hidden [.., D], targets [..]."""
     logits = (hidden @ weight.t()).float()
     if temperature != 1.0:
         logits = logits / temperature

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,19 +19,26 @@ from tael.train.losses import linear_cross_entropy
 
 @dataclass
 class Loss:
-    """`total` is differentiated; `metrics` are means over the batch's tokens to learn; `routing` feeds the balance."""
+    """`total` is differentiated; `metrics` are means over the tokens to learn; `routing` feeds the balance."""
 
     total: Tensor
     metrics: dict[str, float]
     routing: list[Routing] = field(default_factory=list)
 
 
+class Work(NamedTuple):
+    """Tokens that passed the model in a step (sampled ones included) and floating-point operations."""
+
+    tokens: int
+    flops: float
+
+
 class Objective(Protocol):
-    """`__call__` returns the mean loss over `batch.tokens_to_learn`; `flops` what the step on `batch` costs."""
+    """`__call__` returns the mean loss over `batch.tokens_to_learn`; `work` what the step on `batch` costs."""
 
     def __call__(self, model: Transformer, batch: Any) -> Loss: ...
 
-    def flops(self, config: ModelConfig, batch: Any) -> float: ...
+    def work(self, config: ModelConfig, batch: Any) -> Work: ...
 
 
 class LanguageModelling:
@@ -63,8 +70,9 @@ class LanguageModelling:
             total = total + settings.balance_loss_weight * balance
         return Loss(total, metrics, routing)
 
-    def flops(self, config: ModelConfig, batch: Batch) -> float:
-        return batch.tokens.numel() * config.flops_per_token(batch.tokens.shape[1] / 2)
+    def work(self, config: ModelConfig, batch: Batch) -> Work:
+        tokens = batch.tokens.numel()
+        return Work(tokens, tokens * config.flops_per_token(batch.tokens.shape[1] / 2))
 
 
 def mtp_targets(batch: Batch, depth: int) -> Tensor:

@@ -24,7 +24,7 @@ UPDATE_RMS = 0.2
 
 
 def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
-    """Nearest semi-orthogonal matrix to each of `matrices` [n, r, c], roughly: singular values in about [0.7, 1.2]."""
+    """Nearest semi-orthogonal matrix to each of `matrices` [n, r, c], roughly: singular values about 0.7 to 1.2."""
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
@@ -39,10 +39,14 @@ def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; decoupled weight decay. Parameters [r, c] or [n, r, c]; DTensors are gathered first."""
+    """Momentum, orthogonalised; decoupled weight decay. Parameters [r, c] or [n, r, c]; DTensors are gathered."""
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float, weight_decay: float, steps: int) -> None:
-        super().__init__(list(parameters), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: float, momentum: float, weight_decay: float, steps: int
+    ) -> None:
+        super().__init__(
+            list(parameters), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

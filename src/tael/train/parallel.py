@@ -1,15 +1,16 @@
 """Many processes: torch's own tools applied to the single-device model from outside, in one readable order.
 
-    torchrun --nproc-per-node N -m tael run RECIPE          N processes on this machine; more machines as torchrun says
+    torchrun --nproc-per-node N -m tael run RECIPE        N processes here; more machines as torchrun says
 
 `Parallel.start` joins the process group that torchrun describes; `shard` lays the parameters of every block over a
-one-dimensional DeviceMesh with `fully_shard` (ZeRO-3: parameters, gradients and optimiser state live in shards). Model
-files know nothing of ranks. Without torchrun everything here is a no-op.
+one-dimensional DeviceMesh with `fully_shard` (ZeRO-3: parameters, gradients and optimiser state live in shards).
+Model files know nothing of ranks. Without torchrun everything here is a no-op.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ from tael.model.transformer import Transformer
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA when there is one, then Apple's MPS, else the CPU; raises TaelError for one that is not there."""
+    """`auto` takes CUDA when there is one, then Apple's MPS, else the CPU; raises TaelError for one not there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -35,9 +36,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise TaelError(f"device '{name}' is not a device; use auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise TaelError(f"device '{name}': torch finds no CUDA GPU here; use device = \"auto\" or \"cpu\"")
+        raise TaelError(f'device \'{name}\': torch finds no CUDA GPU here; use device = "auto" or "cpu"')
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise TaelError(f"device '{name}': torch finds no Apple GPU here; use device = \"auto\" or \"cpu\"")
+        raise TaelError(f'device \'{name}\': torch finds no Apple GPU here; use device = "auto" or "cpu"')
     return device
 
 
@@ -85,7 +86,7 @@ class Parallel:
         return model
 
     def gather(self, model: Transformer) -> Transformer:
-        """A whole fp32 copy of a sharded model, on CPU in the main process; the model itself when it is not sharded."""
+        """A whole fp32 copy of a sharded model, on CPU in the main process; the model itself if not sharded."""
         if self.mesh is None:
             return model
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -100,6 +101,12 @@ class Parallel:
         if self.mesh is not None:
             dist.all_reduce(value)
         return value
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums of plain numbers over all processes."""
+        if self.mesh is None:
+            return list(values)
+        return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -34,7 +34,7 @@ class Twin:
         """Copy the masters into the compute model; call after each optimiser step and after loading."""
         if self.separate:
             masters, copies = zip(*self._pairs, strict=True)
-            torch._foreach_copy_(list(copies), list(masters))
+            torch._foreach_copy_(list(copies), list(masters))  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def collect_gradients(self) -> None:

@@ -41,12 +41,12 @@ class Stopped(TaelError):
 class BatchLike(Protocol):
     """What the loop needs of a batch: this process's share of a step's work."""
 
-    tokens: Tensor
-
+    @property
+    def tokens(self) -> Tensor: ...
     @property
     def tokens_to_learn(self) -> int: ...
-    def split(self, parts: int) -> list[Any]: ...
-    def to(self, device: torch.device) -> Any: ...
+    def split(self, parts: int, /) -> list[Any]: ...
+    def to(self, device: torch.device, /) -> Any: ...
 
 
 class Source(Protocol):
@@ -73,7 +73,7 @@ class LoaderSource:
 
 @dataclass
 class StageResult:
-    """What a stage did since it began, stops and restarts included. seconds is wall-clock time, evaluation included."""
+    """What a stage did since it began, stops and restarts included. seconds: wall-clock time, with evaluation."""
 
     steps: int = 0
     tokens: int = 0
@@ -97,7 +97,7 @@ class TrainerSetup:
     peak_flops: float | None = None
     """Measured matrix peak of the device, FLOP/s, for the utilisation column."""
     evaluate: Callable[[Transformer, int], dict[str, Any]] | None = None
-    """(compute model, steps done) -> metrics of an "eval" line; called at the start, every eval_every, and at the end."""
+    """(compute model, steps done) -> metrics of an "eval" line; at the start, every eval_every, and at the end."""
     on_step: Callable[[int, dict[str, Any]], None] | None = None
     on_saved: Callable[[StageResult, StageResult], None] | None = None
     """(result at the last call or at the resume, result now), after each checkpoint: for the ledger."""
@@ -157,9 +157,8 @@ class Trainer:
             update_selection_bias(self.model, loads, setup.bias_update_speed)
         seconds = time.perf_counter() - began
         result = self.result
-        work = torch.tensor([batch.tokens.numel(), self.objective.flops(self.model.config, batch)], dtype=torch.float64)
-        tokens, flops = setup.parallel.sum(work.to(setup.parallel.device)).tolist()
-        tokens = int(tokens)
+        done, flops = setup.parallel.total(self.objective.work(self.model.config, batch))
+        tokens = int(done)
         result.steps, result.tokens, result.flops = step + 1, result.tokens + tokens, result.flops + flops
         result.step_seconds += seconds
         metrics |= {"learning_rate": setup.settings.optimizer.learning_rate * factor, **self.source.metrics}
@@ -192,11 +191,13 @@ class Trainer:
     def _check(self, metrics: dict[str, float], norm: float) -> None:
         if not all(torch.isfinite(torch.tensor([*metrics.values(), norm]))):
             raise TaelError(
-                f"{self.setup.directory.name}: loss or gradient is no longer finite at step {self.result.steps + 1}; begin again "
-                "with a lower stages.*.optimizer.learning_rate and --fresh (the run so far is moved aside, not deleted)"
+                f"{self.setup.directory.name}: loss or gradient is no longer finite at step {self.result.steps + 1}; "
+                "begin again with a lower stages.*.optimizer.learning_rate and --fresh (the run is moved aside)"
             )
 
-    def _report(self, metrics: dict[str, Any], loads: list[Tensor], tokens: int, flops: float, seconds: float) -> None:
+    def _report(
+        self, metrics: dict[str, Any], loads: list[Tensor], tokens: int, flops: float, seconds: float
+    ) -> None:
         result, setup = self.result, self.setup
         metrics |= {
             "tokens": result.tokens,
@@ -272,7 +273,9 @@ class MetricsLog:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             except OSError as error:
-                raise TaelError(f"{self.path}: cannot write: {error.strerror}; what was saved before is kept") from None
+                raise TaelError(
+                    f"{self.path}: cannot write: {error.strerror}; what was saved before is kept"
+                ) from None
 
     def cut(self, step: int) -> None:
         """Drop what was logged after `step`: those steps will be taken again."""
