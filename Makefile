@@ -34,8 +34,9 @@ lint: setup  ## style, types, and who may import whom
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports --no-cache
 
-bench: setup  ## run every benchmark of bench/, which write results/
-	@for program in bench/*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+bench: setup  ## run every benchmark of bench/, which write results/ and docs/results.md
+	@for program in $(filter-out bench/common.py bench/results_page.py,$(wildcard bench/*.py)) bench/results_page.py; do \
+	    echo "== $$program"; $(BIN)/python $$program || exit 1; done
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

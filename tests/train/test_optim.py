@@ -98,7 +98,8 @@ def test_who_gets_what() -> None:
     optimizer = Optimizer(model, OptimizerSettings(learning_rate=0.01, matrix_learning_rate=0.02, weight_decay=0.3))
     names = {id(p): name for name, p in model.named_parameters()}
     muon, adamw = optimizer.parts
-    by_muon = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    by_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert {names[id(p)] for p in muon.param_groups[1]["params"]} == {n for n in by_muon if "gate_up_proj" in n}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in adamw.param_groups)
     assert by_muon | decayed | plain == set(names.values())
     assert decayed == {n for n in names.values() if "embed_tokens" in n or "lm_head" in n or "mlp.gate.weight" in n}
@@ -164,3 +165,17 @@ def test_named_state_made_early_changes_nothing() -> None:
     states = [o.named_state() for o in optimizers]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_fused_gate_and_up_are_two_matrices() -> None:
+    generator = torch.Generator().manual_seed(5)
+    value = torch.randn(3, 8, 6, generator=generator)
+    grad = torch.randn(3, 8, 6, generator=generator)
+    fused = torch.nn.Parameter(value.clone())
+    halves = [torch.nn.Parameter(half.clone()) for half in value.split(4, dim=1)]
+    fused.grad = grad.clone()
+    for half, part in zip(halves, grad.split(4, dim=1), strict=True):
+        half.grad = part.clone()
+    Muon([], 0.1, 0.9, 0.1, 5, fused=[fused]).step()
+    Muon(halves, 0.1, 0.9, 0.1, 5).step()
+    torch.testing.assert_close(fused.detach(), torch.cat([h.detach() for h in halves], dim=1), atol=1e-6, rtol=1e-5)

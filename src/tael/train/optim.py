@@ -39,14 +39,24 @@ def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; decoupled weight decay. Parameters [r, c] or [n, r, c]; DTensors are gathered."""
+    """Momentum, orthogonalised; decoupled weight decay. Parameters [r, c] or [n, r, c]; DTensors are gathered.
+
+    `fused` are parameters [.., 2r, c] that hold two matrices each, one above the other (an expert's gate and up
+    projections); they are orthogonalised apart, as they would be as parameters of their own.
+    """
 
     def __init__(
-        self, parameters: Iterable[Tensor], lr: float, momentum: float, weight_decay: float, steps: int
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        steps: int,
+        fused: Iterable[Tensor] = (),
     ) -> None:
-        super().__init__(
-            list(parameters), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps}
-        )
+        groups = [{"params": list(parameters), "stacked": 1}, {"params": list(fused), "stacked": 2}]
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps}
+        super().__init__([group for group in groups if group["params"]], defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -67,7 +77,8 @@ class Muon(torch.optim.Optimizer):
             buffer.lerp_(parameter.grad, 1 - group["momentum"])
             direction = parameter.grad.lerp(buffer, group["momentum"])  # Nesterov
             full = direction.full_tensor() if isinstance(direction, DTensor) else direction
-            directions.append(full.reshape(-1, *full.shape[-2:]))
+            rows, columns = full.shape[-2:]
+            directions.append(full.reshape(-1, rows // group["stacked"], columns))
         updates = orthogonalise(torch.cat(directions), group["steps"])
         scale = UPDATE_RMS * max(updates.shape[-2:]) ** 0.5
         for parameter, update in zip(parameters, updates.split([len(d) for d in directions]), strict=True):
@@ -91,13 +102,21 @@ class Optimizer:
         use_muon = settings.matrices == "muon"
         matrices = [p for name, p in named if use_muon and is_matrix(name, p)]
         matrix_ids = {id(p) for p in matrices}
+        fused_ids = {id(p) for name, p in named if name.endswith("gate_up_proj")}
         decayed = [p for _, p in named if id(p) not in matrix_ids and p.dim() >= 2]
         plain = [p for _, p in named if id(p) not in matrix_ids and p.dim() < 2]
         matrix_rate = settings.matrix_learning_rate or settings.learning_rate
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(
-                Muon(matrices, matrix_rate, settings.momentum, settings.weight_decay, settings.newton_schulz_steps)
+                Muon(
+                    [p for p in matrices if id(p) not in fused_ids],
+                    matrix_rate,
+                    settings.momentum,
+                    settings.weight_decay,
+                    settings.newton_schulz_steps,
+                    fused=[p for p in matrices if id(p) in fused_ids],
+                )
             )
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.parts.append(
