@@ -4,7 +4,8 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.tael-installed
+CORE   := $(VENV)/.tael-core
+ALL    := $(VENV)/.tael-all
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench clean
@@ -12,16 +13,21 @@ STAMP  := $(VENV)/.tael-installed
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-setup: $(STAMP)  ## make the virtual environment, where it is not up to date
+setup: $(ALL)  ## make the virtual environment with everything, where it is not up to date
 
 # The pin in constraints.txt alone decides which torch pip takes.
-$(STAMP): pyproject.toml constraints.txt
+$(CORE): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "installing Tael and what it needs into $(VENV) (a few minutes the first time)"
+	@echo "installing Tael into $(VENV) (about a minute the first time)"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(ALL): $(CORE)
+	@echo "installing what the tests need into $(VENV)"
 	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,lint]"
 	@touch $@
 
-demo: setup  ## from text to a reasoning assistant, with its price
+demo: $(CORE)  ## from text to a reasoning assistant, with its price
 	@$(BIN)/tael run recipes/demo.toml
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/tael chat runs/demo; else echo "(tael is $(BIN)/tael)"; fi
 

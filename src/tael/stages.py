@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+
+import torch
 
 from tael.data import Example, Loader, Message, Rows, encode_example, pack_examples
 from tael.data.sources import conversations
@@ -23,6 +26,7 @@ from tael.rl.rollout import Rollouts, stop_ids
 from tael.rl.tasks import Problem, problems
 from tael.train import LanguageModelling, LoaderSource
 from tael.train.objective import Objective
+from tael.train.precision import Twin
 from tael.train.trainer import Source
 
 TEST_SEED = 20_250_120
@@ -51,7 +55,7 @@ def plan_stage(prepared: Prepared, name: str, settings: StageSettings, model: Tr
     if isinstance(settings, SftSettings):
         return _sft(prepared, name, settings)
     if isinstance(settings, RlSettings):
-        return _rl(prepared, name, settings)
+        return _rl(prepared, name, settings, model)
     raise TaelError(f"stages.{name}: unknown kind of stage")
 
 
@@ -152,7 +156,7 @@ def _dialogues(prepared: Prepared, names: list[str]) -> Iterable[list[Message]]:
 # -------------------------------------------------------------------------- RL
 
 
-def _rl(prepared: Prepared, name: str, settings: RlSettings) -> StagePlan:
+def _rl(prepared: Prepared, name: str, settings: RlSettings, model: Transformer) -> StagePlan:
     parallel = prepared.parallel
     source = Rollouts(
         settings, prepared.tokenizer, stage_seed(prepared, settings), parallel.rank, parallel.world_size
@@ -168,8 +172,20 @@ def _rl(prepared: Prepared, name: str, settings: RlSettings) -> StagePlan:
         return metrics
 
     return StagePlan(
-        source, PolicyGradient(settings), gated, settings.steps, bias_update_speed=settings.bias_update_speed
+        source,
+        PolicyGradient(settings, _reference(settings, model)),
+        gated,
+        settings.steps,
+        bias_update_speed=settings.bias_update_speed,
     )
+
+
+def _reference(settings: RlSettings, model: Transformer) -> Transformer | None:
+    """A frozen copy of the policy the stage starts from, when a KL term asks for one."""
+    if not settings.kl_weight:
+        return None
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    return Twin(copy.deepcopy(model), dtype).compute.requires_grad_(False)
 
 
 def _require_thinking_gain(name: str, metrics: dict[str, Any]) -> None:

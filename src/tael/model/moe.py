@@ -113,13 +113,20 @@ class _Gather(torch.autograd.Function):
         return grads[0][order // ctx.k], None, None, None
 
 
+def count_choices(choice: Tensor, experts: int) -> Tensor:
+    """How often each expert was chosen, [E] int64; `choice` of any shape. Its shape never depends on the data."""
+    chosen = choice.flatten()
+    return torch.zeros(experts, dtype=torch.int64, device=chosen.device).scatter_add_(
+        0, chosen, torch.ones_like(chosen)
+    )
+
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """x [M, I] sorted by expert, weight [E, O, I], counts [E] rows per expert -> [M, O].
 
     One grouped product where torch has a kernel for it (16-byte rows; on CUDA bf16 only), else an expert at a time.
     """
-    row_bytes = x.element_size() * torch.tensor(weight.shape[1:])
-    aligned = bool((row_bytes % 16 == 0).all())
+    aligned = all(x.element_size() * width % 16 == 0 for width in weight.shape[1:])
     if aligned and (x.device.type == "cpu" or x.dtype == torch.bfloat16):
         offsets = counts.cumsum(0).to(torch.int32)
         return F.grouped_mm(x, weight.transpose(-1, -2), offs=offsets)
@@ -143,7 +150,7 @@ class Experts(nn.Module):
         order = expert.argsort(stable=True)  # [N K] pairs, by expert
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
-        counts = torch.bincount(expert, minlength=self.down_proj.shape[0])
+        counts = count_choices(expert, self.down_proj.shape[0])
         rows: Tensor = _Spread.apply(x, order, inverse, k)  # type: ignore[assignment]
         gate, up = grouped_linear(rows, self.gate_up_proj, counts).chunk(2, dim=-1)
         hidden = F.silu(gate) * up * gates.flatten()[order].unsqueeze(-1).to(x.dtype)

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tael.model.moe import MixtureOfExperts, Routing
+from tael.model.moe import MixtureOfExperts, Routing, count_choices
 from tael.model.transformer import Transformer
 
 
 def expert_load(routing: Routing) -> Tensor:
     """How many (token, expert) pairs each expert got, [E] float."""
     experts = routing.scores.shape[-1]
-    return torch.bincount(routing.choice.flatten(), minlength=experts).float()
+    return count_choices(routing.choice, experts).float()
 
 
 def moe_modules(model: Transformer) -> list[MixtureOfExperts]:
