@@ -23,8 +23,9 @@ from tael.cost.prices import dollars, energy
 from tael.cost.report import write_report
 from tael.cost.rundata import run_name
 from tael.errors import TaelError
+from tael.files import write_whole
 from tael.model import Transformer, build_model
-from tael.preparation import LEDGER, Prepared, check_recipe, open_directory, prepare, write_whole
+from tael.preparation import LEDGER, Prepared, check_recipe, open_directory, prepare
 from tael.recipe import Recipe, StageSettings
 from tael.stages import plan_stage
 from tael.train import Parallel, StageResult, Trainer, TrainerSetup, choose_device

@@ -23,6 +23,7 @@ from tael.cost.measure import matrix_peak
 from tael.data import Document, Rows, Tokenizer, load_tokenizer, pack_documents, train_tokenizer
 from tael.data.sources import documents, split
 from tael.errors import TaelError
+from tael.files import write_whole
 from tael.model.config import ModelConfig
 from tael.recipe import PretrainSettings, Recipe, TrainSettings, load_recipe
 from tael.rl.tasks import make_task
@@ -140,15 +141,6 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str | None:
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def prepare(recipe: Recipe, directory: Path, parallel: Parallel, say: Say) -> Prepared:

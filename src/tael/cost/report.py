@@ -10,8 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +25,7 @@ from tael.cost.rundata import MODES, RunRecord, Sample, StageRecord, number, rea
 from tael.cost.tables import cost_cells
 from tael.errors import TaelError
 from tael.evals.statistics import Accuracy
+from tael.files import write_whole
 
 MAX_PAIRS = 12
 MAX_CHARACTERS = 4000
@@ -82,16 +81,7 @@ def write_report(run_directory: Path, ledger: Ledger | None) -> Path:
     page = render(read_run(run_directory), ledger)
     target = run_directory / "report.html"
     try:
-        # Beside and renamed: a reader never sees half a page. Lone surrogates from a model become "?".
-        descriptor, name = tempfile.mkstemp(dir=run_directory, prefix=".report-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(page.encode("utf-8", "replace"))
-            Path(name).chmod(0o644)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(target, page)
     except OSError as error:
         raise TaelError(f"{target}: cannot be written: {error.strerror}") from None
     return target

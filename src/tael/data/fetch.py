@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tael.errors import TaelError
+from tael.files import sha256_of
 
 Progress = Callable[[str], None]
 _MANIFEST = "manifest.json"
@@ -52,12 +53,6 @@ def cache_dir() -> Path:
     """Where fetched files are kept: `$TAEL_CACHE`, or ~/.cache/tael."""
     chosen = os.environ.get("TAEL_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "tael"
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_package(package: Package, progress: Progress | None = None) -> Path:

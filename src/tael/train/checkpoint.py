@@ -7,10 +7,8 @@ under a temporary name and renamed last.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from tael.errors import TaelError
+from tael.files import sha256_of, sync
 from tael.train.parallel import Parallel
 
 PREFIX = "step-"
@@ -90,7 +89,7 @@ def _prune(stage: Path, step: int, keep: int) -> None:
 def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
     (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(partial.iterdir())
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(partial.iterdir())
     }
     (partial / "manifest.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
     for path in [*partial.iterdir(), partial]:
@@ -98,21 +97,6 @@ def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     sync(final.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_checkpoints(stage: Path) -> list[Path]:
@@ -127,7 +111,7 @@ def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
         files: dict[str, dict[str, Any]] = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         for name, wanted in files.items():
             path = checkpoint / Path(name).name
-            if not path.is_file() or path.stat().st_size != wanted["bytes"] or file_digest(path) != wanted["sha256"]:
+            if not path.is_file() or path.stat().st_size != wanted["bytes"] or sha256_of(path) != wanted["sha256"]:
                 raise TaelError(f"{path}: damaged or missing")
         return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from tael.data import Batch, Loader
 from tael.errors import TaelError
+from tael.files import write_whole
 from tael.model.transformer import Transformer
 from tael.recipe import StageSettings
 from tael.train.balance import expert_load, update_selection_bias
@@ -288,9 +289,7 @@ class MetricsLog:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        whole = self.path.with_suffix(".partial")
-        whole.write_text("".join(kept), encoding="utf-8")
-        whole.replace(self.path)
+        write_whole(self.path, "".join(kept))
 
 
 @contextmanager

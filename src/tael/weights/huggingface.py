@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tael.errors import TaelError
+from tael.files import sync
 from tael.model.config import ModelConfig
 from tael.model.transformer import Transformer
 
@@ -145,8 +146,8 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save(beside)
         for path in beside.rglob("*"):
-            _sync(path)
-        _sync(beside)
+            sync(path)
+        sync(beside)
         _put_in_place(beside, folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -170,16 +171,8 @@ def _put_in_place(beside: Path, folder: Path) -> None:
         if replaced:
             aside.rename(folder)
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_json(path: Path, table: dict[str, Any]) -> None:
