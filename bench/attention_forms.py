@@ -4,7 +4,7 @@
 
 Forward and backward in bf16, causal, with document masks, at the demo's shape (4 heads; key width 48, value width 32)
 and sequence lengths from 64 to 1024, both forms in turn. `attend` (tael.model.attention) takes the plain form up to
-512 tokens because of this table. Writes results/attention_forms.json.
+1024 tokens because of this table. Writes results/attention_forms.json.
 """
 
 from __future__ import annotations

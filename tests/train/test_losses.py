@@ -51,7 +51,7 @@ def test_equals_cross_entropy(
     """Any size, any share of masked tokens, chunk borders anywhere, any factor on the way back."""
     hidden, weight, targets = random_problem(tokens, width, vocabulary, masked, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "CHUNK", chunk)
+        patch.setattr(losses, "CPU_CHUNK", chunk)
         found = value_and_gradients(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight, scale)
     wanted = value_and_gradients(lambda h, w: torch_loss(h, w, targets), hidden, weight, scale)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -61,7 +61,7 @@ def test_equals_cross_entropy(
 def test_real_chunk_borders_and_batch_shape() -> None:
     """More tokens than one chunk holds, as [B, T, D]."""
     hidden, weight, targets = random_problem(3 * 700, 8, 16, 0.2, 1)
-    assert len(hidden) > losses.CHUNK
+    assert len(hidden) > losses.CPU_CHUNK
     hidden, targets = hidden.view(3, 700, 8), targets.view(3, 700)
     found = value_and_gradients(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight, 1 / 1700)
     wanted = value_and_gradients(lambda h, w: torch_loss(h, w, targets), hidden, weight, 1 / 1700)

@@ -37,10 +37,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """softmax(q k^T scale) v. query [B, H, T, d], key [B, H, S, d], value [B, H, S, v] -> [B, H, T, v].
 
     `mask` [B or 1, 1, T, S] bool, True where attention is allowed; None means causal over equal T and S.
-    On CPU the plain product is taken up to 512 tokens: there the fused kernel's bf16 backward is several times
-    slower (bench/attention_forms.py); elsewhere torch's fused kernels.
+    On CPU the plain product is taken up to 1024 tokens: there the fused kernel is two to three times slower, forward
+    and backward in bf16 (bench/attention_forms.py); elsewhere torch's fused kernels.
     """
-    if query.device.type == "cpu" and key.shape[2] <= 512:
+    if query.device.type == "cpu" and key.shape[2] <= 1024:
         scores = (query * scale) @ key.transpose(-1, -2)  # [B, H, T, S]
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2048
-"""Tokens whose logits are held at once."""
+CPU_CHUNK, GPU_CHUNK = 512, 4096
+"""Tokens whose logits are held at once. On a CPU 512 x 4,096 fp32 logits stay in the cache: 125 ms against 161 with
+2,048 (4,096 tokens, width 384, forward and backward, two Zen 4 cores)."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -23,8 +24,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
+        chunk = CPU_CHUNK if hidden.device.type == "cpu" else GPU_CHUNK
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
             x, target = hidden[part], targets[part]
             log_probs = F.log_softmax((x @ weight.t()).float(), dim=-1)  # [C, V]
             learned = target >= 0
@@ -33,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total -= (picked * learned).sum()
             grad = log_probs.exp_()
             grad.scatter_add_(-1, index, torch.full_like(index, -1, dtype=grad.dtype))
-            grad = (grad * learned.unsqueeze(-1)).to(weight.dtype)
+            grad = grad.mul_(learned.unsqueeze(-1)).to(weight.dtype)
             torch.mm(grad, weight, out=grad_hidden[part])
             grad_weight += grad.t() @ x
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -73,12 +73,15 @@ class Muon(torch.optim.Optimizer):
         directions = []
         for parameter in parameters:
             assert parameter.grad is not None
-            buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+            buffer = state["momentum"]
             buffer.lerp_(parameter.grad, 1 - group["momentum"])
             direction = parameter.grad.lerp(buffer, group["momentum"])  # Nesterov
             full = direction.full_tensor() if isinstance(direction, DTensor) else direction
             rows, columns = full.shape[-2:]
-            directions.append(full.reshape(-1, rows // group["stacked"], columns))
+            directions.append(full.reshape(-1, rows // group["stacked"], columns).bfloat16())
         updates = orthogonalise(torch.cat(directions), group["steps"])
         scale = UPDATE_RMS * max(updates.shape[-2:]) ** 0.5
         for parameter, update in zip(parameters, updates.split([len(d) for d in directions]), strict=True):
