@@ -76,7 +76,10 @@ def test_text_of_ones_own_replaces_the_recipes_sources(call, recipe, monkeypatch
         (("run", "tiny.toml", "--set", "data.path=missing.txt"), "missing.txt: no such file"),
         (("run", "tiny.toml", "--set", "data.path=junk.txt"), "junk.txt: is "),
         (("run", "tiny.toml", "--set", "data.path=empty.txt"), "empty.txt: is empty"),
-        (("run", "tiny.toml", "--set", 'data.sources=["chitchat"]'), "give one of sources, path and dataset"),
+        (
+            ("run", "tiny.toml", "--set", 'data.sources=["chitchat"]', "--set", "data.path=book.txt"),
+            "give one of sources, path and dataset",
+        ),
         (("run", "named.toml"), "unknown source 'chitchta'; did you mean 'chitchat'?"),
         (("run", "tiny.toml", "--set", "device=gpu9"), "device 'gpu9'"),
         (("run", "tiny.toml", "--run-dir", "book.txt"), "book.txt"),

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tael.rl import rollout
 from tael.train import Parallel, Stopped
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
@@ -37,6 +39,14 @@ JOBS: dict[str, dict[str, Any]] = {
     "rl_bf16": {"kind": "rl", "steps": 2, "loss": "dapo", "precision": "bf16"},
 }
 JOBS = {name: {"name": name, **job} for name, job in JOBS.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reward_comes_back() -> Iterator[None]:
+    """The worker puts a reward of its own in place: here, in the tests' process, it must not stay."""
+    kept = rollout.reward
+    yield
+    rollout.reward = kept
 
 
 @pytest.fixture(scope="module")
