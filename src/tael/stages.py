@@ -173,19 +173,19 @@ def _rl(prepared: Prepared, name: str, settings: RlSettings, model: Transformer)
 
     return StagePlan(
         source,
-        PolicyGradient(settings, _reference(settings, model)),
+        PolicyGradient(settings, _reference(settings, model, parallel.device)),
         gated,
         settings.steps,
         bias_update_speed=settings.bias_update_speed,
     )
 
 
-def _reference(settings: RlSettings, model: Transformer) -> Transformer | None:
+def _reference(settings: RlSettings, model: Transformer, device: torch.device) -> Transformer | None:
     """A frozen copy of the policy the stage starts from, when a KL term asks for one."""
     if not settings.kl_weight:
         return None
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    return Twin(copy.deepcopy(model), dtype).compute.requires_grad_(False)
+    return Twin(copy.deepcopy(model).to(device), dtype).compute.requires_grad_(False)
 
 
 def _require_thinking_gain(name: str, metrics: dict[str, Any]) -> None:
