@@ -147,7 +147,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if not (arguments.base / "config.json").is_file():
-        raise SystemExit(f"{arguments.base}: no pretrained model there; run `make demo` first, or name one with --base")
+        raise SystemExit(
+            f"{arguments.base}: no pretrained model there; run `make demo` first, or name one with --base"
+        )
     described, recipe, rows = machine(), load_recipe(arguments.recipe), []
     for seed in arguments.seeds:
         rows.append(run_seed(recipe, arguments.base, seed, arguments.runs))
