@@ -1,228 +1,309 @@
-"""Quantised weights: the modules that hold them, how floats become codes, and a whole model turned in place.
+"""A whole model quantised in place, a module at a time; and which layer gets which scheme.
 
-    report = quantize_model(model, "int4")          int4; embedding, head and kv_b_proj int8
+    report = quantize_model(model, "int4")                              round to nearest
+    report = quantize_model(model, "int4", calibration=rows)            GPTQ (tael.weights.gptq), for int4 layers
 
-One format, which the native runner and the GGUF reader share. A row of weights is cut into groups of `group`
-columns; each group has one fp16 scale and, where the scheme is asymmetric, one fp16 minimum.
+Not every layer takes the chosen scheme. Norms and router gates stay as they are. Under int4 the embedding, the head
+and kv_b_proj are int8: they are read a row at a time, or decide between tens of thousands of words, or are multiplied
+out twice (absorbed), and are small. `mixed` changes that by layer type:
 
-| scheme | codes                                             | value                                     | activations |
-|--------|---------------------------------------------------|-------------------------------------------|-------------|
-| int4   | uint8 [out, in/2], even columns in the low nibble | scale (code - 8), or scale code + minimum | int8        |
-| int8   | int8 [out, in]                                    | scale code                                | float       |
-| w8a8   | int8 [out, in]                                    | scale code                                | int8        |
-
-"int8" activations are rounded on the fly: 32 columns of a row share the scale amax / 127, kept in fp32
-(`round_activations`). What `QuantizedLinear.forward` computes defines the numbers; a kernel may only sum in another
-order.
+    quantize_model(model, "int4", mixed={"attention": "int8", "head": "w8a8", "experts": "float"})
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, Self
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tael.errors import TaelError
-from tael.weights.rounding import check_group, pack_int4, round_int4, round_int8, unpack_int4
+from tael.errors import TaelError, did_you_mean
+from tael.model.moe import Experts
+from tael.model.transformer import Transformer
+from tael.weights.gptq import Calibrated, gptq_layers
+from tael.weights.quantized import (
+    ACTIVATION_GROUP,
+    SCHEMES,
+    QuantizedEmbedding,
+    QuantizedExperts,
+    QuantizedLinear,
+    Scheme,
+    round_activations,
+)
 
-Scheme = Literal["int4", "int8", "w8a8"]
-SCHEMES: tuple[Scheme, ...] = ("int4", "int8", "w8a8")
+__all__ = [
+    "ACTIVATION_GROUP",
+    "LAYER_TYPES",
+    "SCHEMES",
+    "QuantizationReport",
+    "QuantizedEmbedding",
+    "QuantizedExperts",
+    "QuantizedLinear",
+    "Scheme",
+    "Target",
+    "is_quantized",
+    "quantize_model",
+    "round_activations",
+    "targets",
+]
 
-ACTIVATION_GROUP = 32
-"""Columns of an activation row that share a scale, whatever the weights' group."""
+Choice = Literal["int4", "int8", "w8a8", "float"]
+Progress = Callable[[str], None]
 
-_CACHED_WEIGHT = 1 << 20
-"""Elements up to which a dequantised `.weight` is kept (4 MB): kv_b_proj in its absorbed form is read every step."""
+LAYER_TYPES = (
+    "embedding",
+    "head",
+    "attention",
+    "kv_b_proj",
+    "feed_forward",
+    "experts",
+    "shared_experts",
+    "eh_proj",
+)
+"""What `mixed` may name. MTP blocks' layers count as their types; "eh_proj" is the projection before each of them."""
 
-_SLAB = 1 << 22
-"""Elements of a weight that are dequantised at once in a product (16 MB of fp32)."""
+_ASKED = "asked for"
+_ALWAYS: dict[str, Choice] = {"embedding": "int8", "kv_b_proj": "int8"}
+_INT4: dict[str, Choice] = {**_ALWAYS, "head": "int8"}
 
 
-def round_activations(x: Tensor) -> Tensor:
-    """x [.., in] with every 32 columns rounded to 255 levels of amax / 127, as floats again; fp32 [.., in]."""
-    groups = x.float().unflatten(-1, (-1, ACTIVATION_GROUP))  # [.., in/32, 32]
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    codes = (groups / torch.where(scale > 0, scale, 1.0)).round()  # half to even
-    return (codes * scale).flatten(-2)
+@dataclass(frozen=True)
+class Target:
+    """One module of a model and what becomes of it; `scheme` None: it stays float, for the reason given."""
+
+    name: str
+    type: str
+    scheme: Scheme | None
+    reason: str = ""
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer, or with one more leading dimension E a stack of them, held as codes and scales.
+@dataclass(frozen=True)
+class TypeBytes:
+    """All layers of one type: how many weights, and their bytes before and after."""
 
-    Buffers: `codes` (uint8 or int8, see above), `scales` fp16 [.., out, in/group], `minimums` the same or None,
-    `bias` [out] or None. Raises TaelError when their shapes or types contradict each other.
+    type: str
+    scheme: str
+    weights: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize_model` did. `kept` names layers left in float because their width is no multiple of the group.
+
+    `calibrated` counts the matrices rounded by GPTQ; `sparse` those of experts that saw too few tokens for it.
     """
 
-    codes: Tensor
-    scales: Tensor
-    minimums: Tensor | None
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        scheme: Scheme,
-        codes: Tensor,
-        scales: Tensor,
-        minimums: Tensor | None = None,
-        bias: Tensor | None = None,
-        group: int = 32,
-    ) -> None:
-        super().__init__()
-        if scheme not in SCHEMES:
-            raise TaelError(f"no quantisation scheme '{scheme}'; choose one of {', '.join(SCHEMES)}")
-        self.scheme: Scheme = scheme
-        self.group = group
-        self.out_features = codes.shape[-2]
-        self.in_features = codes.shape[-1] * (2 if scheme == "int4" else 1)
-        _check(scheme, codes, scales, minimums, group)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-        self.register_buffer("minimums", minimums)
-        self.register_buffer("bias", bias)
-        self._weight: Tensor | None = None
-
-    @classmethod
-    def from_float(
-        cls, weight: Tensor, scheme: Scheme, group: int = 32, asymmetric: bool = False, bias: Tensor | None = None
-    ) -> QuantizedLinear:
-        """Round `weight` [.., out, in] to the nearest codes, with scales that minimise the squared error (int4).
-
-        Raises TaelError when `in` is no multiple of the group (and of 32), or the weight holds a value that is not
-        finite.
-        """
-        if scheme not in SCHEMES:
-            raise TaelError(f"no quantisation scheme '{scheme}'; choose one of {', '.join(SCHEMES)}")
-        check_group(weight.shape[-1], group)
-        if scheme == "int4":
-            codes, scales, minimums = round_int4(weight, group, asymmetric)
-            return cls(scheme, pack_int4(codes), scales, minimums, bias, group)
-        if asymmetric:
-            raise TaelError(f"scheme '{scheme}' has no minimums; asymmetric rounding is for int4")
-        codes, scales = round_int8(weight, group)
-        return cls(scheme, codes, scales, None, bias, group)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight the codes stand for, [.., out, in]; computed in fp32."""
-        return _values(self.scheme, self.codes, self.scales, self.minimums, self.group).to(dtype)
+    scheme: Scheme
+    group: int
+    types: tuple[TypeBytes, ...]
+    kept: tuple[str, ...] = ()
+    calibrated: int = 0
+    sparse: int = 0
 
     @property
-    def weight(self) -> Tensor:
-        """The dequantised weight in fp32; kept when it is small, made anew on every access when it is not."""
-        if self._weight is not None:
-            return self._weight
-        weight = self.dequantize()
-        if weight.numel() <= _CACHED_WEIGHT:
-            self._weight = weight
-        return weight
-
-    def expert(self, index: int) -> QuantizedLinear:
-        """Layer `index` of a stack; a view of its memory."""
-        minimums = None if self.minimums is None else self.minimums[index]
-        return QuantizedLinear(self.scheme, self.codes[index], self.scales[index], minimums, None, self.group)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [.., in] -> [.., out] in x's type; the product itself is in fp32."""
-        wide = x.float() if self.scheme == "int8" else round_activations(x)
-        rows = max(1, _SLAB // self.in_features)
-        parts = []
-        for start in range(0, self.out_features, rows):
-            part = slice(start, start + rows)
-            minimums = None if self.minimums is None else self.minimums[part]
-            weight = _values(self.scheme, self.codes[part], self.scales[part], minimums, self.group)
-            parts.append(F.linear(wide, weight))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        if self.bias is not None:
-            out = out + self.bias.float()
-        return out.to(x.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._weight = None
-        return super()._apply(fn, recurse)
-
-    def extra_repr(self) -> str:
-        return f"{self.scheme}, in_features={self.in_features}, out_features={self.out_features}, group={self.group}"
-
-
-class QuantizedEmbedding(nn.Module):
-    """An embedding of int8 rows: `codes` int8 [V, D], `scales` fp16 [V, D/group]; rows come out in `dtype`."""
-
-    codes: Tensor
-    scales: Tensor
-
-    def __init__(self, codes: Tensor, scales: Tensor, group: int = 32, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        _check("int8", codes, scales, None, group)
-        self.group, self.dtype = group, dtype
-        self.num_embeddings, self.embedding_dim = codes.shape
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-
-    @classmethod
-    def from_float(cls, weight: Tensor, group: int = 32) -> QuantizedEmbedding:
-        """Round `weight` [V, D]; raises TaelError when D is no multiple of the group."""
-        check_group(weight.shape[-1], group)
-        return cls(*round_int8(weight, group), group, weight.dtype)
-
-    def head(self, scheme: Scheme = "int8") -> QuantizedLinear:
-        """The output head of a model with tied embeddings: the same memory, read as a linear layer."""
-        return QuantizedLinear(scheme, self.codes, self.scales, group=self.group)
+    def bytes_before(self) -> int:
+        return sum(row.before for row in self.types)
 
     @property
-    def weight(self) -> Tensor:
-        """The whole table, dequantised anew on every access; `model.norm.weight` tells device and type for free."""
-        return _values("int8", self.codes, self.scales, None, self.group).to(self.dtype)
+    def bytes_after(self) -> int:
+        return sum(row.after for row in self.types)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [..] int64 -> [.., D]."""
-        return _values("int8", self.codes[tokens], self.scales[tokens], None, self.group).to(self.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, group={self.group}"
+    @property
+    def bits_per_weight(self) -> float:
+        """Of everything, norms and routers included."""
+        return 8 * self.bytes_after / max(1, sum(row.weights for row in self.types))
 
 
-class QuantizedExperts(nn.Module):
-    """`tael.model.moe.Experts` with stacks of codes: gate_up [E, 2F, D] (gate first) and down [E, D, F]."""
+def quantize_model(
+    model: Transformer,
+    scheme: Scheme,
+    group: int = 32,
+    mixed: Mapping[str, str] | None = None,
+    calibration: Tensor | None = None,
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """Replace the weights of `model` by quantised modules, in place; a float weight is freed once it is replaced.
 
-    def __init__(self, gate_up: QuantizedLinear, down: QuantizedLinear) -> None:
-        super().__init__()
-        if gate_up.codes.dim() != 3 or gate_up.codes.shape[0] != down.codes.shape[0]:
-            raise TaelError("experts: gate_up and down must be stacks [E, ..] of as many experts")
-        self.gate_up, self.down = gate_up, down
-
-    def forward(self, x: Tensor, gates: Tensor, choice: Tensor) -> Tensor:
-        """x [N, D], gates [N, K], choice [N, K] -> [N, D]; goes over the experts that have tokens."""
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for index in choice.unique().tolist():
-            token, place = (choice == index).nonzero(as_tuple=True)
-            gate, up = self.gate_up.expert(index)(x[token]).chunk(2, dim=-1)
-            hidden = F.silu(gate) * up * gates[token, place].unsqueeze(-1).to(x.dtype)
-            out.index_add_(0, token, self.down.expert(index)(hidden).float())
-        return out.to(x.dtype)
-
-
-def _values(scheme: Scheme, codes: Tensor, scales: Tensor, minimums: Tensor | None, group: int) -> Tensor:
-    """fp32 values of codes [.., out, in or in/2]; the law of the table above."""
-    integers = unpack_int4(codes) if scheme == "int4" else codes
-    wide = integers.float().unflatten(-1, (-1, group))  # [.., in/group, group]
-    if minimums is not None:
-        return (wide.mul_(scales.float().unsqueeze(-1)).add_(minimums.float().unsqueeze(-1))).flatten(-2)
-    if scheme == "int4":
-        wide.sub_(8)
-    return wide.mul_(scales.float().unsqueeze(-1)).flatten(-2)
+    `calibration` [rows, length] int64: token ids (`tael.weights.gptq.calibration_rows`) on which int4 layers are
+    rounded by GPTQ; None rounds to nearest. `progress` is told a line a layer. Raises TaelError for an unknown scheme
+    or layer type, a model quantised already, a weight that is not finite, and calibration without an int4 layer.
+    """
+    plan = targets(model, scheme, group, mixed)
+    tally = _Tally(model, plan)
+    model.requires_grad_(False)
+    done = Calibrated()
+    if calibration is not None:
+        four = {t.name for t in plan if t.scheme == "int4"}
+        if not four:
+            raise TaelError("calibration is for int4; no layer of this model is to be int4, leave it out")
+        for name in gptq_layers(model, four, group, calibration, _quantizer(plan, group), done):
+            _tell(progress, f"quantised {name} by GPTQ")
+    for target in plan:
+        if target.scheme is not None and not _is_quantized_module(model.get_submodule(target.name)):
+            _replace(model, target, group)
+            _tell(progress, f"quantised {target.name} to {target.scheme}")
+    return tally.report(scheme, group, done)
 
 
-def _check(scheme: Scheme, codes: Tensor, scales: Tensor, minimums: Tensor | None, group: int) -> None:
-    kind = torch.uint8 if scheme == "int4" else torch.int8
-    columns = codes.shape[-1] * (2 if scheme == "int4" else 1)
-    check_group(columns, group)
-    expected = (*codes.shape[:-1], columns // group)
-    if codes.dtype != kind:
-        raise TaelError(f"{scheme} codes must be {str(kind).removeprefix('torch.')}, not {codes.dtype}")
-    for name, tensor in (("scales", scales), ("minimums", minimums)):
-        if tensor is not None and (tuple(tensor.shape) != expected or tensor.dtype != torch.float16):
-            raise TaelError(f"{name} of {scheme} codes {list(codes.shape)} must be fp16 {list(expected)}")
-    if minimums is not None and scheme != "int4":
-        raise TaelError(f"scheme '{scheme}' has no minimums; only int4 has")
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any module of `model` holds codes."""
+    return any(_is_quantized_module(module) for module in model.modules())
+
+
+def _is_quantized_module(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLinear | QuantizedEmbedding | QuantizedExperts)
+
+
+def targets(
+    model: Transformer, scheme: Scheme, group: int = 32, mixed: Mapping[str, str] | None = None
+) -> list[Target]:
+    """Every linear layer, embedding and stack of experts of `model`, in order, and what it becomes."""
+    if scheme not in SCHEMES:
+        raise TaelError(f"no quantisation scheme '{scheme}'; choose one of {', '.join(SCHEMES)}")
+    if is_quantized(model):
+        raise TaelError("this model is quantised already; load the float model to quantise it otherwise")
+    chosen = _choices(scheme, mixed or {})
+    tied = model.config.tie_word_embeddings
+    if tied and (chosen["embedding"] == "float") != (chosen["head"] == "float"):
+        raise TaelError("embedding and head are one matrix in this model: give both a scheme in `mixed`, or neither")
+    if tied and chosen["head"] == "int4":
+        raise TaelError(
+            "the head shares its matrix with the embedding in this model: it can be int8 or w8a8, not int4"
+        )
+    found = []
+    for name, module in model.named_modules():
+        widths = _input_widths(module)
+        if not widths:
+            continue
+        type_ = _type_of(name)
+        choice = chosen[type_]
+        if choice == "float":
+            found.append(Target(name, type_, None, _ASKED))
+        elif group < ACTIVATION_GROUP or group % ACTIVATION_GROUP:
+            raise TaelError(f"quantisation group {group}: must be a multiple of {ACTIVATION_GROUP}; take 32 or 64")
+        elif any(width % group for width in widths):
+            found.append(Target(name, type_, None, f"{max(widths)} columns are no multiple of {group}"))
+        else:
+            found.append(Target(name, type_, choice))
+    return found
+
+
+def _choices(scheme: Scheme, mixed: Mapping[str, str]) -> dict[str, Choice]:
+    chosen: dict[str, Choice] = dict.fromkeys(LAYER_TYPES, scheme)
+    chosen |= _INT4 if scheme == "int4" else _ALWAYS
+    for type_, choice in mixed.items():
+        if type_ not in LAYER_TYPES:
+            raise TaelError(f"mixed quantisation: no layer type '{type_}'{did_you_mean(type_, LAYER_TYPES)}")
+        if choice not in (*SCHEMES, "float"):
+            raise TaelError(f"mixed quantisation: '{choice}' for {type_} is none of {', '.join(SCHEMES)}, float")
+        chosen[type_] = choice  # type: ignore[assignment]
+    if chosen["embedding"] not in ("int8", "w8a8", "float"):
+        raise TaelError("the embedding can be int8 or float, not int4")
+    return chosen
+
+
+def _input_widths(module: nn.Module) -> tuple[int, ...]:
+    """Columns of the module's matrices; empty for a module that is never quantised."""
+    if isinstance(module, nn.Linear):
+        return (module.in_features,)
+    if isinstance(module, nn.Embedding):
+        return (module.embedding_dim,)
+    if isinstance(module, Experts):
+        return module.gate_up_proj.shape[-1], module.down_proj.shape[-1]
+    return ()
+
+
+def _type_of(name: str) -> str:
+    if name in ("embed_tokens", "lm_head"):
+        return "embedding" if name == "embed_tokens" else "head"
+    leaf = name.rpartition(".")[2]
+    if leaf in ("kv_b_proj", "eh_proj", "experts"):
+        return leaf
+    if ".self_attn." in name:
+        return "attention"
+    return "shared_experts" if ".shared_experts." in name else "feed_forward"
+
+
+def _quantizer(plan: list[Target], group: int) -> Callable[[Transformer, str], None]:
+    """A function that rounds everything planned below a name, unless that has been done."""
+
+    def quantise(model: Transformer, prefix: str) -> None:
+        for target in plan:
+            below = target.name == prefix or target.name.startswith(f"{prefix}.")
+            if below and target.scheme and not _is_quantized_module(model.get_submodule(target.name)):
+                _replace(model, target, group)
+
+    return quantise
+
+
+def _replace(model: Transformer, target: Target, group: int) -> None:
+    """Round to nearest the module that `target` names and put the result in its place."""
+    assert target.scheme is not None
+    old, scheme = model.get_submodule(target.name), target.scheme
+    if isinstance(old, nn.Embedding):
+        new: nn.Module = QuantizedEmbedding.from_float(old.weight, group)
+    elif isinstance(old, nn.Linear):
+        if (
+            target.type == "head"
+            and isinstance(model.embed_tokens, QuantizedEmbedding)
+            and model.config.tie_word_embeddings
+        ):
+            new = model.embed_tokens.head(scheme)
+        else:
+            new = QuantizedLinear.from_float(old.weight, scheme, group, bias=old.bias)
+    else:
+        assert isinstance(old, Experts)
+        new = QuantizedExperts(
+            QuantizedLinear.from_float(old.gate_up_proj, scheme, group),
+            QuantizedLinear.from_float(old.down_proj, scheme, group),
+        )
+    model.set_submodule(target.name, new)
+
+
+class _Tally:
+    """Weights and bytes by layer type before anything is replaced; the rest of the report afterwards."""
+
+    def __init__(self, model: Transformer, plan: list[Target]) -> None:
+        self.model, self.plan = model, plan
+        self.type_of = {target.name: target.type for target in plan}
+        self.before = self._bytes()
+        self.weights: Counter[str] = Counter()
+        for name, parameter in model.named_parameters():  # a shared one once
+            self.weights[self._type(name)] += parameter.numel()
+
+    def _type(self, name: str) -> str:
+        while name:
+            if name in self.type_of:
+                return self.type_of[name]
+            name = name.rpartition(".")[0]
+        return "norms, routers"
+
+    def _bytes(self) -> Counter[str]:
+        found: Counter[str] = Counter()
+        seen: set[int] = set()
+        for name, tensor in self.model.state_dict().items():
+            if tensor.data_ptr() not in seen or tensor.is_meta:
+                found[self._type(name)] += tensor.numel() * tensor.element_size()
+            seen.add(tensor.data_ptr())
+        return found
+
+    def report(self, scheme: Scheme, group: int, done: Calibrated) -> QuantizationReport:
+        after = self._bytes()
+        schemes: dict[str, list[str]] = {}
+        for target in self.plan:
+            schemes.setdefault(target.type, []).append(target.scheme or "float")
+        rows = tuple(
+            TypeBytes(t, "+".join(sorted(set(schemes.get(t, ["float"])))), self.weights[t], before, after[t])
+            for t, before in self.before.items()
+        )
+        kept = tuple(f"{t.name}: {t.reason}" for t in self.plan if t.scheme is None and t.reason != _ASKED)
+        return QuantizationReport(scheme, group, rows, kept, done.matrices, done.sparse)
+
+
+def _tell(progress: Progress | None, line: str) -> None:
+    if progress is not None:
+        progress(line)
