@@ -48,6 +48,17 @@ SPECIAL_TOKENS = (
 )
 """Special tokens of a trained tokenizer; a token's id is its place in this list."""
 
+END_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+)
+"""Tokens that end a turn or a document in other models' formats, of which eos_token names only one."""
+
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 _SPLITS = (
@@ -131,6 +142,17 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids that stand for no text: never produced by `encode`, dropped by `decode`."""
         return self._special_ids
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """What a text begins with: the start token, unless there is none or tokenizer_config.json says to add none."""
+        return () if self.bos_id is None or self.config.get("add_bos_token") is False else (self.bos_id,)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the end of the text, and of a turn where that is another token."""
+        found = [self.eos_id, self._named_id("eot_token", EOS), *map(self.token_id, END_TOKENS)]
+        return tuple(dict.fromkeys(i for i in found if i is not None))
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
