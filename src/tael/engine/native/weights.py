@@ -1,0 +1,213 @@
+"""A Transformer's weights as the operator reads them: floats where they lie, quantised ones packed into panels.
+
+Packing is done once a model; float weights are shared with the model, so that what training changes in place is seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tael.errors import TaelError
+from tael.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from tael.model.config import ModelConfig
+from tael.model.moe import Experts, FeedForward, MixtureOfExperts
+from tael.model.mtp import MTPModule
+from tael.model.rope import softmax_scale
+from tael.model.transformer import Block, Transformer
+from tael.weights.quantize import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
+
+LATENT_EPS = 1e-6
+"""Of the latent norms, as in tael.model.attention."""
+
+
+@dataclass
+class NativeWeights:
+    """The operator with a model's weights in it; `bytes` counts what a pass may read, shared memory once."""
+
+    operator: Any
+    model_bytes: int
+    addresses: tuple[int, ...]
+
+
+_PACKED: weakref.WeakKeyDictionary[Transformer, NativeWeights] = weakref.WeakKeyDictionary()
+
+
+def native_weights(model: Transformer, library: ModuleType, threads: int, mtp: bool = True) -> NativeWeights:
+    """The weights of `model` in the operator; packed at the first call, and again when its tensors are others.
+
+    Raises TaelError when the model's shape is not for the operator.
+    """
+    check_shape(model.config)
+    addresses = (threads, int(mtp), *(t.data_ptr() for t in model.state_dict().values()))
+    held = _PACKED.get(model)
+    if held is None or held.addresses != addresses:
+        held = _PACKED[model] = _Builder(model, library, threads, mtp).weights(addresses)
+    return held
+
+
+def check_shape(config: ModelConfig) -> None:
+    """Raise TaelError for a width the operator's eight lanes do not divide."""
+    names = ["hidden_size", "intermediate_size"]
+    if config.is_mla:
+        names += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+        names += ["q_lora_rank"] if config.q_lora_rank else []
+        names += ["moe_intermediate_size"] if config.n_routed_experts else []
+    widths = {name: getattr(config, name) for name in names}
+    if not config.is_mla:
+        widths["head_dim"] = config.gqa_head_dim
+        if config.num_attention_heads // config.kv_heads > 64:
+            raise TaelError("the C++ operator takes up to 64 query heads a key head; use backend = 'torch'")
+    for name, width in widths.items():
+        if width % 8:
+            raise TaelError(f"the C++ operator needs {name} to be a multiple of 8, not {width}; use backend = 'torch'")
+
+
+class _Builder:
+    def __init__(self, model: Transformer, library: ModuleType, threads: int, mtp: bool) -> None:
+        self.model, self.library = model, library
+        self.bytes = 0
+        self.operator = library.Model(self._shape(model.config), threads)
+        self.modules = [m for m in model.mtp if isinstance(m, MTPModule)] if mtp else []
+
+    def weights(self, addresses: tuple[int, ...]) -> NativeWeights:
+        model, first = self.model, self.model.config.num_hidden_layers
+        for block in [*model.layers, *(module.block for module in self.modules)]:
+            assert isinstance(block, Block)
+            self._add_layer(block)
+        embedding = self._embedding()
+        tied = model.config.tie_word_embeddings
+        quantised = isinstance(model.embed_tokens, QuantizedEmbedding)
+        head = embedding if tied and not quantised else self._matrix(model.lm_head)
+        if tied and quantised and isinstance(model.lm_head, QuantizedLinear):
+            embedding = head  # one packed copy serves both
+        self.operator.set_ends(embedding, head, _vector(model.norm.weight))
+        for index, module in enumerate(self.modules):
+            self.operator.add_draft(
+                _vector(module.enorm.weight),
+                _vector(module.hnorm.weight),
+                _vector(module.norm.weight),
+                self._matrix(module.eh_proj),
+                first + index,
+            )
+        return NativeWeights(self.operator, self.bytes, addresses)
+
+    def _shape(self, config: ModelConfig) -> Any:
+        shape = self.library.Shape()
+        shape.hidden, shape.heads = config.hidden_size, config.num_attention_heads
+        shape.eps, shape.latent_eps, shape.scale = config.rms_norm_eps, LATENT_EPS, softmax_scale(config)
+        shape.mla, shape.interleaved = config.is_mla, config.is_mla and config.rope_interleave
+        if not config.is_mla:
+            shape.kv_heads, shape.head_dim = config.kv_heads, config.gqa_head_dim
+            return shape
+        shape.rank, shape.nope = config.kv_lora_rank, config.qk_nope_head_dim
+        shape.rope, shape.value = config.qk_rope_head_dim, config.v_head_dim
+        router = next((b.mlp.gate for b in self.model.modules() if isinstance(b, Block) and _is_moe(b)), None)
+        if router is not None:
+            shape.experts, shape.chosen, shape.groups = router.experts, router.k, router.groups
+            shape.kept_groups, shape.group_top = router.kept_groups, router.group_top
+            shape.limits_groups, shape.sigmoid = router.limits_groups, router.scoring == "sigmoid"
+            shape.normalises, shape.routed_scale = router.normalises, router.scale
+        return shape
+
+    def _add_layer(self, block: Block) -> None:
+        layer, attention, mlp = self.library.Layer(), block.self_attn, block.mlp
+        vectors = {
+            "input_norm": _vector(block.input_layernorm.weight),
+            "post_norm": _vector(block.post_attention_layernorm.weight),
+        }
+        layer.o = self._matrix(attention.o_proj)
+        if isinstance(attention, GroupedQueryAttention):
+            layer.q, layer.k, layer.v = (self._matrix(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+        else:
+            assert isinstance(attention, MultiHeadLatentAttention)
+            vectors |= self._add_latent(layer, attention)
+        if isinstance(mlp, MixtureOfExperts):
+            vectors |= self._add_experts(layer, mlp)
+            mlp = getattr(mlp, "shared_experts", None)
+        if isinstance(mlp, FeedForward):
+            layer.gate, layer.up, layer.down = (self._matrix(m) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.operator.add_layer(layer, vectors)
+
+    def _add_latent(self, layer: Any, attention: MultiHeadLatentAttention) -> dict[str, Tensor]:
+        vectors = {"kv_norm": _vector(attention.kv_a_layernorm.weight)}
+        if hasattr(attention, "q_proj"):
+            layer.q = self._matrix(attention.q_proj)
+        else:
+            layer.q_a, layer.q = self._matrix(attention.q_a_proj), self._matrix(attention.q_b_proj)
+            vectors["q_norm"] = _vector(attention.q_a_layernorm.weight)
+        layer.kv_a = self._matrix(attention.kv_a_proj_with_mqa)
+        layer.kv_b = self._matrix(attention.kv_b_proj)
+        if isinstance(attention.kv_b_proj, QuantizedLinear):
+            # W_UK is summed over its rows: a copy of floats in rows, 2 bytes a value.
+            up = attention.kv_b_proj.dequantize(torch.float16).view(attention.heads, -1, attention.rank)
+            layer.key_up = self._floats(up[:, : attention.nope].reshape(-1, attention.rank).contiguous(), None)
+        else:
+            layer.key_up = layer.kv_b
+        return vectors
+
+    def _add_experts(self, layer: Any, mlp: MixtureOfExperts) -> dict[str, Tensor]:
+        vectors = {}
+        layer.router = self._floats(_vector(mlp.gate.weight), None)
+        if hasattr(mlp.gate, "e_score_correction_bias"):
+            vectors["router_bias"] = _vector(mlp.gate.e_score_correction_bias)
+        for expert in range(mlp.gate.experts):
+            layer.add_expert(*self._expert(mlp.experts, expert))
+        return vectors
+
+    def _expert(self, experts: nn.Module, index: int) -> tuple[Any, Any, Any]:
+        """Gate, up and down of one expert."""
+        if isinstance(experts, Experts):
+            gate, up = experts.gate_up_proj.detach()[index].chunk(2)
+            return self._floats(gate, None), self._floats(up, None), self._floats(experts.down_proj.detach()[index], None)
+        if isinstance(experts, QuantizedExperts):
+            both, half = experts.gate_up.expert(index), experts.gate_up.out_features // 2
+            gate, up = (self._packed(both, rows) for rows in (slice(0, half), slice(half, None)))
+            return gate, up, self._packed(experts.down.expert(index))
+        views = getattr(experts, "expert", None)
+        if views is None:
+            raise TaelError(f"the C++ operator does not know experts of type {type(experts).__name__}")
+        gate, up, down = views(index)
+        return self._floats(gate, None), self._floats(up, None), self._floats(down, None)
+
+    def _matrix(self, module: nn.Module) -> Any:
+        if isinstance(module, QuantizedLinear):
+            return self._packed(module)
+        assert isinstance(module, nn.Linear)
+        return self._floats(module.weight, None if module.bias is None else _vector(module.bias))
+
+    def _embedding(self) -> Any:
+        table = self.model.embed_tokens
+        if isinstance(table, QuantizedEmbedding):
+            if self.model.config.tie_word_embeddings:
+                return None
+            return self._packed(table.head("w8a8"))
+        return self._floats(table.weight, None)
+
+    def _floats(self, weight: Tensor, bias: Tensor | None) -> Any:
+        self.bytes += weight.nbytes
+        return self.library.float_matrix(weight.detach(), bias)
+
+    def _packed(self, module: QuantizedLinear, rows: slice = slice(None)) -> Any:
+        codes, scales = module.codes[rows].contiguous(), module.scales[rows].contiguous()
+        minimums = None if module.minimums is None else module.minimums[rows].contiguous()
+        packed = self.library.pack(module.scheme, codes, scales, minimums)
+        self.bytes += packed.nbytes
+        bias = None if module.bias is None else _vector(module.bias)
+        return self.library.packed_matrix(
+            module.scheme, packed, codes.shape[0], module.in_features, minimums is not None, bias
+        )
+
+
+def _is_moe(block: Block) -> bool:
+    return isinstance(block.mlp, MixtureOfExperts)
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    """fp32 and contiguous; the same memory where it is that already."""
+    return tensor.detach().to(torch.float32).contiguous()
