@@ -12,7 +12,7 @@ from tael.errors import TaelError
 
 NO_TOKEN = "no token is left to choose: the logits are not finite, or every token is barred"
 
-_FLOORS = (math.log(1e-4), math.log(1e-7), -math.inf)
+_FLOORS = (math.log(1e-4), math.log(3e-6), math.log(1e-7), -math.inf)
 """Log-probabilities above which to look for the survivors: mostly a few hundred of 129,280 tokens, so that sorting
 them all (0.7 to 11 ms) is the exception. Where a floor has cut too high, the next is tried; as floors cut by value,
 the result is the same as from sorting everything."""
@@ -39,27 +39,29 @@ def survivors(logprobs: NDArray[np.float32], params: SamplingParams) -> tuple[ND
         if top_k and len(ids) > top_k:
             keep = held >= np.partition(held, len(held) - top_k)[len(held) - top_k]
             ids, held = ids[keep], held[keep]
-        weights = np.exp(held).astype(np.float64)
+        weights = np.exp(held)
         if params.top_p < 1:
             keep = _nucleus_of(weights, params.top_p, top_k > 0, last)
             if keep is None:
                 continue
-            ids, held, weights = ids[keep], held[keep], weights[keep]
+            ids, weights = ids[keep], weights[keep]
         elif not top_k and not last and floor > lowest - 0.01:
             continue
         if params.min_p:
             keep = weights >= params.min_p * weights.max()
             ids, weights = ids[keep], weights[keep]
-        return ids, weights
+        return ids, weights.astype(np.float64)
     raise AssertionError("the last floor is below every token")
 
 
-def _nucleus_of(weights: NDArray[np.float64], top_p: float, relative: bool, last: bool) -> NDArray[np.bool_] | None:
+def _nucleus_of(weights: NDArray[np.float32], top_p: float, relative: bool, last: bool) -> NDArray[np.bool_] | None:
     """Which of the likeliest `weights` are the fewest that reach top_p (Holtzman et al. 2020); None: not among these.
 
     `relative`: top_p of their own sum, else of 1.
     """
-    ordered = np.sort(weights)[::-1]
+    if not (relative or last) and weights.sum(dtype=np.float64) < top_p * (1 - 1e-9):
+        return None  # without sorting; the margin is for the order of the sum
+    ordered = np.sort(weights)[::-1].astype(np.float64)
     cumulative = np.cumsum(ordered)
     limit = top_p * cumulative[-1] if relative else top_p
     count = int(np.searchsorted(cumulative, limit, side="left")) + 1
