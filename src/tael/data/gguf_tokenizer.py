@@ -67,7 +67,7 @@ _ALIASES = {
 
 # Tael's own tokenizers split single digits before DeepSeek-V3's pattern: they have no merge across two digits, so
 # that the groups of three which "deepseek-v3" makes come apart into the same tokens.
-_SAME_TOKENS = {(r"\p{N}", _CJK, _DEEPSEEK3): "deepseek-v3"}
+_SAME_TOKENS: dict[tuple[str, ...], str] = {(r"\p{N}", _CJK, _DEEPSEEK3): "deepseek-v3"}
 
 _IGNORES_MERGES = ("llama-bpe",)
 """A word that is a token is taken whole, whatever its merges say (Llama 3's `ignore_merges`)."""

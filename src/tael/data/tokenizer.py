@@ -145,7 +145,7 @@ class Tokenizer:
 
     @property
     def start_ids(self) -> tuple[int, ...]:
-        """What a text begins with: the start token, unless there is none or tokenizer_config.json says to add none."""
+        """What a text begins with: the start token, unless tokenizer_config.json says to add none."""
         return () if self.bos_id is None or self.config.get("add_bos_token") is False else (self.bos_id,)
 
     @property

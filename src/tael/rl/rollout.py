@@ -88,10 +88,10 @@ class Answer:
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end-of-sentence token; raises TaelError when the tokenizer has none."""
-    if tokenizer.eos_id is None:
+    """The tokens that end an answer; raises TaelError when the tokenizer has none."""
+    if not tokenizer.stop_ids:
         raise TaelError("the tokenizer has no end-of-sentence token, so an answer could never end")
-    return (tokenizer.eos_id,)
+    return tokenizer.stop_ids
 
 
 def answer_problems(

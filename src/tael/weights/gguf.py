@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import quants
-from gguf.constants import GGMLQuantizationType as Kind
 from torch import Tensor, nn
 
 from tael.data.gguf_file import GGUFFile, GGUFTensor, read_gguf
@@ -47,7 +46,6 @@ def load_gguf(
     file = read_gguf(path)
     divisors = _floats(file, file.tensors["rope_freqs.weight"]) if "rope_freqs.weight" in file.tensors else None
     config = read_config(file, divisors)
-    _check_types(file)
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -69,19 +67,13 @@ def load_gguf(
 
 
 def _present(source: Source, file: GGUFFile) -> Source:
-    """`source` with the tensors that are there: older files hold kv_b in one piece, newer experts gate and up in one."""
+    """`source` with the tensors that are there: some files hold kv_b, or gate and up, in one piece."""
     joined = {"kv_b": ("attn_k_b", "attn_kv_b"), "gate_up": ("ffn_gate_exps", "ffn_gate_up_exps")}
     if source.form in joined and source.names[0] not in file.tensors:
         name = source.names[0].replace(*joined[source.form])
         if name in file.tensors:
             return Source(source.parameter, (name,))
     return source
-
-
-def _check_types(file: GGUFFile) -> None:
-    for tensor in file.tensors.values():
-        if tensor.kind not in (Kind.F32, Kind.F16) and tensor.kind not in quants._type_traits:
-            raise TaelError(f"{file.path}: tensor '{tensor.name}' has type {tensor.kind.name}, which is not read")
 
 
 def _is_extra_layer(name: str, config: ModelConfig) -> bool:
@@ -203,7 +195,7 @@ def _assemble(model: Transformer, state: dict[str, Tensor]) -> Transformer:
     if model.config.tie_word_embeddings:
         table = model.embed_tokens
         if isinstance(table, QuantizedEmbedding):
-            model.lm_head = table.head()
+            _replace(model, "lm_head", table.head())
         else:
             model.lm_head.weight = table.weight
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]

@@ -1,18 +1,19 @@
 """How a model lies in a GGUF file: its metadata as a ModelConfig and back, and which tensors make which parameter.
 
-| GGUF                                                  | Tael                                                        |
-|-------------------------------------------------------|-------------------------------------------------------------|
-| llama: rows of q and k in the order of RoPE's pairs   | halves (i, i + d/2), as in Hugging Face's folders           |
-| ffn_gate_exps, ffn_up_exps [E, F, D]                  | mlp.experts.gate_up_proj [E, 2F, D]                         |
-| attn_k_b [H, R, N] and attn_v_b [H, V, R]; or kv_b    | kv_b_proj [H (N + V), R]                                    |
-| output.weight missing                                 | tied embeddings                                             |
-| rope_freqs.weight: RoPE's divisors a pair             | rope_scaling "llama3", whose formula gives those divisors   |
+| GGUF                                                | Tael                                                    |
+|-----------------------------------------------------|---------------------------------------------------------|
+| llama: rows of q and k in the order of RoPE's pairs | halves (i, i + d/2), as in Hugging Face's folders       |
+| ffn_gate_exps, ffn_up_exps [E, F, D]                | mlp.experts.gate_up_proj [E, 2F, D]                     |
+| attn_k_b [H, R, N] and attn_v_b [H, V, R]; or kv_b  | kv_b_proj [H (N + V), R]                                |
+| output.weight missing                               | tied embeddings                                         |
+| rope_freqs.weight: RoPE's divisors a pair           | rope_scaling "llama3", whose formula gives the divisors |
 
 Names: gguf.constants; conventions: llama.cpp's conversion scripts and `llm_build_deepseek2`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -169,9 +170,9 @@ def _read_gqa(file: GGUFFile, arch: str) -> dict[str, Any]:
 
 def _read_mla(file: GGUFFile) -> dict[str, Any]:
     arch = "deepseek2"
-    rotary, sigmoid = file.integer(f"{arch}.rope.dimension_count"), _SIGMOID
+    rotary = file.integer(f"{arch}.rope.dimension_count")
     experts = file.integer(f"{arch}.expert_count", 0)
-    v3 = file.integer(f"{arch}.expert_gating_func", _SOFTMAX) == sigmoid
+    v3 = file.integer(f"{arch}.expert_gating_func", _SOFTMAX) == _SIGMOID
     split = f"{arch}.attention.key_length_mla" in file.metadata
     suffix = "_mla" if split else ""
     groups = file.integer(f"{arch}.expert_group_count", 1)
@@ -214,8 +215,6 @@ def _read_scaling(file: GGUFFile, arch: str) -> dict[str, Any] | None:
 
 def _with_llama3(file: GGUFFile, config: ModelConfig, divisors: Tensor) -> ModelConfig:
     """`config` with the llama3 scaling whose formula gives the divisors of the file."""
-    import dataclasses
-
     prefix = f"{file.text('general.architecture')}.rope.scaling"
     scaling: dict[str, Any] = {"rope_type": "llama3", "factor": round(float(divisors.max()), 4)}
     for key, default in _LLAMA3_DEFAULTS.items():
@@ -229,8 +228,6 @@ def _with_llama3(file: GGUFFile, config: ModelConfig, divisors: Tensor) -> Model
 
 def llama3_divisors(config: ModelConfig) -> Tensor:
     """By how much Llama 3.1's scaling divides each pair's frequency, [pairs] fp32."""
-    import dataclasses
-
     one = torch.ones(1)
     plain = make_rope(dataclasses.replace(config, rope_scaling=None), one)
     scaled = make_rope(config, one)
