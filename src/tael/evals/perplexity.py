@@ -12,7 +12,6 @@ from torch import Tensor
 from tael.data import IGNORED, Document, Tokenizer
 from tael.errors import TaelError
 from tael.model.transformer import Transformer
-from tael.train.losses import token_logprobs
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,14 @@ def bits_per_byte(
     nats = torch.zeros(len(texts), dtype=torch.float64)
     windows = _windows(tokenizer, texts, sequence_length)
     windows.sort(key=lambda w: len(w[1]), reverse=True)  # like lengths together: less padding
-    device = model.embed_tokens.weight.device
+    device = model.norm.weight.device
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         tokens, targets = _pad([ids for _, ids in part])
         hidden = model.features(tokens.to(device)).hidden  # [B, T, D]
-        logprobs = token_logprobs(hidden, model.lm_head.weight, targets.clamp_min(0).to(device)).cpu()
+        index = targets.clamp_min(0).to(device).unsqueeze(-1)
+        # The head as a module: a quantised one has its own product.
+        logprobs = model.logits(hidden).float().log_softmax(-1).gather(-1, index).squeeze(-1).cpu()
         sums = (logprobs * (targets != IGNORED)).sum(1).double()  # [B]
         nats.index_add_(0, torch.tensor([index for index, _ in part]), -sums)
     bits = nats / math.log(2)

@@ -25,25 +25,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tael.errors import TaelError
 from tael.files import sync
 from tael.model.config import ModelConfig
 from tael.model.transformer import Transformer
+from tael.weights.reader import FP8_BLOCK, Files
 
 SHARD_BYTES = 4 * 1000**3
 """Weights beyond this many bytes are split over several files."""
 
-FP8_BLOCK = 128
-"""Side of the square of weights that shares one scale in DeepSeek's FP8 checkpoints."""
-
 _BIAS = "e_score_correction_bias"
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class SavesItself(Protocol):
@@ -134,6 +129,12 @@ def save_model(
     already is replaced as a whole. Raises TaelError when `folder` is something other than a model folder.
     """
     folder = Path(folder).absolute()
+    with torch.device("meta"):
+        whole = Transformer(model.config).state_dict().keys()
+    if whole != model.state_dict().keys():
+        raise TaelError(
+            f"{folder}: a quantised or memory-mapped model cannot be saved; load it in float and save that"
+        )
     if folder.exists() and not _may_replace(folder):
         raise TaelError(f"{folder}: is there already and is no model folder; give another place to save to")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -230,23 +231,28 @@ def load_model(
     Raises TaelError, one line naming file and tensor, for a folder that is no model, damaged or incomplete files,
     tensors that are missing, unexpected or misshapen, and pickles (.bin, .pt), which are never opened.
     """
+    model, files = open_folder(folder, dtype)
+    state: dict[str, Tensor] = {}
+    expected = model.state_dict()
+    for slot in present_slots(model, files):
+        fill(state, expected, slot, files.read(slot.name), torch.device(device))
+    assign(model, state, torch.device(device))
+    return model
+
+
+def open_folder(folder: str | Path, dtype: torch.dtype) -> tuple[Transformer, Files]:
+    """A model on the meta device, parameters in `dtype`, and the files to fill it from. Raises as `load_model`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise TaelError(f"{folder}: no such model folder; it must hold config.json and model.safetensors")
     config = ModelConfig.load(folder)
-    block = _check_config_file(folder / "config.json")
-    files = _Files(folder, block)
-    config = _without_absent_mtp(config, files)
+    files = Files(folder, _check_config_file(folder / "config.json"))
     with torch.device("meta"):
-        model = Transformer(config)
-    state = _read_state(model, files, torch.device(device), dtype)
-    model.load_state_dict(state, strict=True, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if left:  # a slip of ours, not the user's: `slots` forgot a tensor
-        raise RuntimeError(f"parameters never assigned: {left}")
-    return model
+        model = Transformer(_without_absent_mtp(config, files))
+    for name, parameter in model.named_parameters():
+        if not name.endswith(_BIAS):
+            parameter.data = parameter.data.to(dtype)
+    return model, files
 
 
 def _check_config_file(path: Path) -> tuple[int, int]:
@@ -269,89 +275,7 @@ def _check_config_file(path: Path) -> tuple[int, int]:
     return block[0], block[1]
 
 
-class _Files:
-    """The safetensors files of a folder as one name -> tensor table; every failure is a TaelError."""
-
-    def __init__(self, folder: Path, block: tuple[int, int]) -> None:
-        self.folder, self.block = folder, block
-        self.file_of: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
-        for path in _weight_files(folder):
-            try:
-                handle = safe_open(path, framework="pt", device="cpu")
-                names = list(handle.keys())
-            except (SafetensorError, OSError, ValueError) as error:
-                raise TaelError(f"{path}: damaged or incomplete safetensors file; fetch it again ({error})") from None
-            self._open[path] = handle
-            self.file_of.update(dict.fromkeys(names, path))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.file_of
-
-    def read(self, name: str) -> Tensor:
-        """The tensor in a float type, FP8 blocks multiplied by their scales."""
-        path = self.file_of[name]
-        raw = self._raw(name)
-        if raw.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            return self._dequantise(name, raw)
-        if raw.dtype not in _FLOATS:
-            kind = str(raw.dtype).removeprefix("torch.")
-            raise TaelError(f"{path}: tensor '{name}' is {kind}; Tael reads fp32, fp16, bf16, and fp8 with scales")
-        return raw
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open[self.file_of[name]].get_slice(name).get_shape())
-
-    def _raw(self, name: str) -> Tensor:
-        path = self.file_of[name]
-        try:
-            return self._open[path].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError, KeyError, AttributeError) as error:
-            raise TaelError(f"{path}: tensor '{name}' cannot be read; fetch the file again ({error})") from None
-
-    def _dequantise(self, name: str, raw: Tensor) -> Tensor:
-        """V3 report section 3.3.2: value = w * scale_inv of its block. raw [O, I], scale [O / rows, I / columns]."""
-        path, scale_name = self.file_of[name], f"{name}_scale_inv"
-        if scale_name not in self:
-            raise TaelError(f"{path}: FP8 tensor '{name}' has no '{scale_name}'; fetch the release again")
-        scale = self._raw(scale_name).float()
-        rows, columns = self.block
-        expected = tuple(-(-size // side) for size, side in zip(raw.shape, self.block, strict=False))
-        if raw.dim() != 2 or tuple(scale.shape) != expected:
-            raise TaelError(
-                f"{self.file_of[scale_name]}: tensor '{scale_name}' has shape {list(scale.shape)}, expected "
-                f"{list(expected)} for blocks of {rows} x {columns}; see weight_block_size in config.json"
-            )
-        spread = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-        return raw.float() * spread[: raw.shape[0], : raw.shape[1]]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise TaelError(f"{index}: not an index of safetensors files; fetch it again") from None
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise TaelError(f"{index}: names {name!r}, which is no safetensors file of this folder")
-            if not (folder / name).is_file():
-                raise TaelError(f"{folder / name}: the index names this file and it is not there; fetch it")
-        return [folder / name for name in names]
-    if single.is_file():
-        return [single]
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise TaelError(
-            f"{folder / pickles[0]}: Tael does not open pickles, they can run code; "
-            "take the safetensors version of this model"
-        )
-    raise TaelError(f"{single}: no such file; a model folder holds config.json and model.safetensors")
-
-
-def _without_absent_mtp(config: ModelConfig, files: _Files) -> ModelConfig:
+def _without_absent_mtp(config: ModelConfig, files: Files) -> ModelConfig:
     """Leave out the MTP depths of which the files hold nothing (transformers drops them and keeps the config)."""
     prefixes = [
         f"model.layers.{config.num_hidden_layers + depth}." for depth in range(config.num_nextn_predict_layers)
@@ -362,20 +286,16 @@ def _without_absent_mtp(config: ModelConfig, files: _Files) -> ModelConfig:
     return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
-def _read_state(model: Transformer, files: _Files, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def present_slots(model: Transformer, files: Files) -> Iterator[Slot]:
+    """The slots of `model` to be read, each checked against the files; a selection bias may be missing (it is 0)."""
     config, expected = files.folder / "config.json", model.state_dict()
-    state: dict[str, Tensor] = {}
     wanted = slots(model)
     _refuse_unexpected(model.config, files, {slot.name for slot in wanted})
-    for name, parameter, part in wanted:
+    for slot in wanted:
+        name, parameter, part = slot
         shape = tuple(expected[parameter][part].shape if part else expected[parameter].shape)
-        if parameter not in state:
-            kind = torch.float32 if parameter.endswith(_BIAS) else dtype
-            state[parameter] = torch.empty(expected[parameter].shape, dtype=kind, device=device)
-        target = state[parameter][part] if part else state[parameter]
         if name not in files:
             if name.endswith(_BIAS):
-                target.zero_()  # trained without: as after initialisation
                 continue
             raise TaelError(
                 f"{files.folder}: tensor '{name}' is missing from the safetensors files; "
@@ -386,13 +306,33 @@ def _read_state(model: Transformer, files: _Files, device: torch.device, dtype: 
                 f"{files.file_of[name]}: tensor '{name}' has shape {list(files.shape(name))}, expected {list(shape)} "
                 f"by {config}; the two belong to different models"
             )
-        target.copy_(files.read(name))
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    return state
+        yield slot
 
 
-def _refuse_unexpected(config: ModelConfig, files: _Files, wanted: set[str]) -> None:
+def fill(
+    state: dict[str, Tensor], expected: dict[str, Tensor], slot: Slot, tensor: Tensor, device: torch.device
+) -> None:
+    """Put `tensor` into its part of `state`; a parameter gets room, as in `expected`, when its first part comes."""
+    if slot.parameter not in state:
+        state[slot.parameter] = torch.empty_like(expected[slot.parameter], device=device)
+    (state[slot.parameter][slot.part] if slot.part else state[slot.parameter]).copy_(tensor)
+
+
+def assign(model: Transformer, state: dict[str, Tensor], device: torch.device) -> None:
+    """Give `model`, still on the meta device, the tensors of `state`; what lies elsewhere already may be missing."""
+    model.load_state_dict(state, strict=False, assign=True)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta and name == _BIAS:  # trained without: as after initialisation
+                setattr(module, name, torch.zeros_like(buffer, device=device))
+    if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
+        model.lm_head.weight = model.embed_tokens.weight
+    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if left:  # a slip of ours, not the user's: `slots` forgot a tensor
+        raise RuntimeError(f"parameters never assigned: {left}")
+
+
+def _refuse_unexpected(config: ModelConfig, files: Files, wanted: set[str]) -> None:
     """Every tensor must be known; second copies of embedding and head must equal the first."""
     copies = mtp_copies(config)
     if config.tie_word_embeddings:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -69,8 +69,7 @@ _ALWAYS: dict[str, Choice] = {"embedding": "int8", "kv_b_proj": "int8"}
 _INT4: dict[str, Choice] = {**_ALWAYS, "head": "int8"}
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """One module of a model and what becomes of it; `scheme` None: it stays float, for the reason given."""
 
     name: str
@@ -133,7 +132,7 @@ def quantize_model(
     or layer type, a model quantised already, a weight that is not finite, and calibration without an int4 layer.
     """
     plan = targets(model, scheme, group, mixed)
-    tally = _Tally(model, plan)
+    tally = Tally(model, plan)
     model.requires_grad_(False)
     done = Calibrated()
     if calibration is not None:
@@ -264,7 +263,7 @@ def _replace(model: Transformer, target: Target, group: int) -> None:
     model.set_submodule(target.name, new)
 
 
-class _Tally:
+class Tally:
     """Weights and bytes by layer type before anything is replaced; the rest of the report afterwards."""
 
     def __init__(self, model: Transformer, plan: list[Target]) -> None:
@@ -284,14 +283,12 @@ class _Tally:
 
     def _bytes(self) -> Counter[str]:
         found: Counter[str] = Counter()
-        seen: set[int] = set()
-        for name, tensor in self.model.state_dict().items():
-            if tensor.data_ptr() not in seen or tensor.is_meta:
-                found[self._type(name)] += tensor.numel() * tensor.element_size()
-            seen.add(tensor.data_ptr())
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):  # a shared one once
+            found[self._type(name)] += tensor.numel() * tensor.element_size()
         return found
 
-    def report(self, scheme: Scheme, group: int, done: Calibrated) -> QuantizationReport:
+    def report(self, scheme: Scheme, group: int, done: Calibrated | None = None) -> QuantizationReport:
+        done = done or Calibrated()
         after = self._bytes()
         schemes: dict[str, list[str]] = {}
         for target in self.plan:

@@ -192,13 +192,27 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor, choice: Tensor) -> Tensor:
         """x [N, D], gates [N, K], choice [N, K] -> [N, D]; goes over the experts that have tokens."""
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for index in choice.unique().tolist():
-            token, place = (choice == index).nonzero(as_tuple=True)
-            gate, up = self.gate_up.expert(index)(x[token]).chunk(2, dim=-1)
-            hidden = F.silu(gate) * up * gates[token, place].unsqueeze(-1).to(x.dtype)
-            out.index_add_(0, token, self.down.expert(index)(hidden).float())
-        return out.to(x.dtype)
+
+        def apply(index: int, rows: Tensor, weight: Tensor) -> Tensor:
+            gate, up = self.gate_up.expert(index)(rows).chunk(2, dim=-1)
+            return self.down.expert(index)(F.silu(gate) * up * weight)
+
+        return loop_over_experts(x, gates, choice, apply)
+
+
+def loop_over_experts(
+    x: Tensor, gates: Tensor, choice: Tensor, apply: Callable[[int, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Sum over each token's experts of apply(expert, rows [n, D], their gates [n, 1]) -> [n, D].
+
+    x [N, D], gates [N, K], choice [N, K] -> [N, D]. Adds up in fp32, in the order of the experts.
+    """
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for index in choice.unique().tolist():
+        token, place = (choice == index).nonzero(as_tuple=True)
+        weight = gates[token, place].unsqueeze(-1).to(x.dtype)
+        out.index_add_(0, token, apply(index, x[token], weight).float())
+    return out.to(x.dtype)
 
 
 def _values(scheme: Scheme, codes: Tensor, scales: Tensor, minimums: Tensor | None, group: int) -> Tensor:
