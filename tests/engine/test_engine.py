@@ -10,7 +10,8 @@ import torch
 
 from tael.data import Tokenizer
 from tael.engine import Completion, Engine, SamplingParams
-from tael.engine.cache import LatentCache
+
+from tael.engine.runner import TorchRunner
 from tael.errors import TaelError
 from tael.model import ModelConfig, Transformer, build_model
 from tael.train.losses import token_logprobs
@@ -115,15 +116,14 @@ def test_nothing_asked(model: Transformer) -> None:
 
 
 def test_cache_bytes(model: Transformer) -> None:
-    """What it says is what it holds: layers x sequences x capacity x (R + P, or keys and values)."""
+    """What it says is what it holds: layers x blocks x slots x (R + P, or keys and values)."""
     config = model.config
     for dtype in (torch.float32, torch.bfloat16):
-        cache = LatentCache(config, 5, 33, dtype, torch.device("cpu"))
-        held = cache._entries.untyped_storage().nbytes()
+        runner = TorchRunner(model, 5, 33, dtype)
+        held = runner.cache._entries.untyped_storage().nbytes()
         size = torch.empty(0, dtype=dtype).element_size()
-        assert cache.bytes == held == 5 * 33 * config.cache_bytes_per_token(size)
-        cache.keep(torch.tensor([0, 3]))
-        assert cache.bytes == cache._entries.untyped_storage().nbytes() == 2 * 33 * config.cache_bytes_per_token(size)
+        assert runner.cache_bytes == held == 5 * 33 * config.cache_bytes_per_token(size)
+        assert not runner.cache._entries.any()
 
 
 def test_bf16_model_samples(model: Transformer) -> None:

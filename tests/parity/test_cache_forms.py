@@ -32,10 +32,11 @@ GQA = ModelConfig(
 
 
 class GrowingCache:
-    """Keeps every entry; a token sees itself and what came before."""
+    """Keeps every entry; a token sees itself and what came before. `absorbed` says the form, and may be changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, absorbed: bool = True) -> None:
         self.entries: Tensor | None = None
+        self.absorbed = absorbed
 
     def append(self, entry: Tensor) -> tuple[Tensor, Tensor]:
         before = 0 if self.entries is None else self.entries.shape[1]
@@ -57,7 +58,7 @@ def random_model(config: ModelConfig) -> Transformer:
 @pytest.mark.parametrize("config", [MLA, dataclasses.replace(MLA, q_lora_rank=None), GQA], ids=["lora", "mla", "gqa"])
 @pytest.mark.parametrize("pieces", [[1] * 20, [12, 1, 1, 1, 5], [20], [3, 9, 8]])
 def test_cached_pieces_equal_the_whole(config: ModelConfig, pieces: list[int]) -> None:
-    """Pieces of up to 8 tokens take the absorbed form, longer ones the expanded; both continue one cache."""
+    """Short pieces take the absorbed form, longer ones the expanded; both continue one cache."""
     model = random_model(config)
     tokens = torch.randint(0, 64, (3, 20), generator=torch.Generator().manual_seed(5))
     caches = [GrowingCache() for _ in model.layers]
@@ -65,6 +66,8 @@ def test_cached_pieces_equal_the_whole(config: ModelConfig, pieces: list[int]) -
     with torch.no_grad():
         for size in pieces:
             positions = torch.arange(start, start + size).expand(3, -1)
+            for cache in caches:
+                cache.absorbed = size <= 8
             found.append(model(tokens[:, start : start + size], cache=caches, positions=positions))
             start += size
         whole = model(tokens)

@@ -1,6 +1,8 @@
-"""The inference engine: latent cache, sampling, generation."""
+"""The inference engine: paged latent cache, continuous batching, sampling, speculation."""
 
-from tael.engine.engine import Completion, Engine, TokenEvent
-from tael.engine.sampling import SamplingParams
+from tael.engine.engine import Engine
+from tael.engine.params import SamplingParams
+from tael.engine.sequence import Completion, EngineStats, Sequence, TokenEvent
+from tael.engine.settings import EngineSettings
 
-__all__ = ["Completion", "Engine", "SamplingParams", "TokenEvent"]
+__all__ = ["Completion", "Engine", "EngineSettings", "EngineStats", "SamplingParams", "Sequence", "TokenEvent"]

@@ -1,58 +1,153 @@
-"""The latent cache: for every sequence and layer, one entry a token (see tael.model.attention for what an entry is).
+"""The paged latent cache: for every layer, block and slot one entry (see tael.model.attention for what an entry is).
 
-`LatentCache` holds [layers, B, capacity, width] in one block of memory and lends each layer a view that satisfies
-`LayerCache`. Sequences in a batch have lengths of their own: an entry is written at its token's position, and a token
-sees the positions up to its own. What lies beyond a sequence's length is never seen before it is overwritten.
+`PagedCache` holds [layers, num_blocks, block_size, width] in one piece of memory; which block belongs to whom is
+`BlockManager`'s business. A `Window` is what one group of sequences [B, T] writes and sees in a forward pass, worked
+out once and used by every layer; `LayerView` is one layer under it, and satisfies the model's `LayerCache`.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from tael.model.config import ModelConfig
 
-
-class LatentCache:
-    """Entries of a batch of sequences; `bytes` is what it really holds."""
+class PagedCache:
+    """Entries of all layers; `bytes` is what it really holds. Zeroed at first: what a mask hides must be finite."""
 
     def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        width = config.cache_values_per_token()
-        self._entries = torch.zeros(config.num_hidden_layers, batch, capacity, width, dtype=dtype, device=device)
-        self._positions = torch.empty(0)
-        self._mask = torch.empty(0)
-        self._limit = 0
+        self._entries = _zeros((layers, num_blocks, block_size, width), dtype, device)
+        self._room = torch.empty(0, dtype=dtype, device=device)
 
     @property
     def bytes(self) -> int:
         return self._entries.numel() * self._entries.element_size()
 
-    def begin(self, positions: Tensor) -> list[LayerView]:
-        """Prepare a forward pass over tokens at `positions` [B, T]; returns one view a layer."""
-        self._limit = int(positions.max()) + 1
-        self._positions = positions.unsqueeze(-1)  # [B, T, 1]
-        slots = torch.arange(self._limit, device=positions.device)
-        self._mask = (slots <= self._positions).unsqueeze(1)  # [B, 1, T, S]
-        return [LayerView(self, i) for i in range(len(self._entries))]
+    @property
+    def block_size(self) -> int:
+        return self._entries.shape[2]
 
-    def append(self, layer: int, entry: Tensor) -> tuple[Tensor, Tensor]:
-        """Write entry [B, T, width] of `layer` and return what its tokens may see."""
-        held = self._entries[layer]  # [B, capacity, width]
-        held.scatter_(1, self._positions.expand_as(entry), entry.to(held.dtype))
-        return held[:, : self._limit].to(entry.dtype), self._mask
+    @property
+    def width(self) -> int:
+        return self._entries.shape[3]
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only the sequences `rows` [n] of the batch."""
-        self._entries = self._entries[:, rows]
+    def views(self, window: Window, first: int, count: int) -> list[LayerView]:
+        """Layers first..first+count-1 as `window` has them."""
+        return [LayerView(self, self._entries[i], window) for i in range(first, first + count)]
+
+    def gather(self, layer: Tensor, window: Window) -> Tensor:
+        """Entries [B, S, width] of `layer` [num_blocks, block_size, width] in the order of the sequences' tokens.
+
+        Read in place where the tables are evenly spaced ranges, else copied block by block into one piece of memory
+        that all layers share: what is returned holds until the next call.
+        """
+        rows, blocks = window.tables.shape
+        if window.stride is not None:
+            slot = self.width * self.block_size
+            start = layer.storage_offset() + window.first_block * slot
+            return layer.as_strided((rows, window.seen, self.width), (window.stride * slot, self.width, 1), start)
+        size = rows * blocks * self.block_size * self.width
+        if self._room.numel() < size:
+            self._room = torch.empty(size, dtype=layer.dtype, device=layer.device)
+        out = self._room[:size].view(rows * blocks, -1)
+        torch.index_select(layer.flatten(1), 0, window.tables.flatten(), out=out)
+        return out.view(rows, blocks * self.block_size, self.width)[:, : window.seen]
+
+    def erase(self, blocks: list[int]) -> None:
+        """Zero blocks whose entries may not be finite: what a mask hides is still multiplied, by 0."""
+        self._entries[:, torch.tensor(blocks, device=self._entries.device)] = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU by calloc, whose pages take memory when first touched (torch fills them: 1 s a GB)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the tokens of a group [B, T] write and see.
+
+    write [B T]: flat slots (block x block_size + place) of the new entries, somewhere in block 0 for padding;
+    tables [B, W]: the blocks that hold the S slots to be read; mask [B, 1, T, S]. `fresh`: nothing stands before the
+    new tokens, which then see one another causally and need not read the cache. `stride`: the tables are ranges, that
+    many blocks apart, from `first_block` on.
+    """
+
+    write: Tensor
+    tables: Tensor
+    mask: Tensor | None
+    seen: int
+    absorbed: bool
+    fresh: bool
+    stride: int | None
+    first_block: int
+
+    @classmethod
+    def make(
+        cls,
+        positions: Tensor,  # [B, T] int64, CPU
+        lengths: Tensor,  # [B] int64, CPU: tokens of each row that are no padding
+        tables: Tensor,  # [B, W] int64, CPU
+        cache: PagedCache,
+        device: torch.device,
+        absorbed: bool,
+        first_key: int = 0,
+    ) -> Window:
+        """`first_key`: slots before it are never seen (the MTP layers have no entry there)."""
+        size = cache.block_size
+        place = torch.arange(positions.shape[1])
+        real = place < lengths.unsqueeze(-1)  # [B, T]
+        slot = positions.masked_fill(~real, 0)
+        block = tables.gather(1, slot // size)
+        write = (block * size + slot % size).masked_fill_(~real, 0).flatten()
+        fresh = bool((positions[:, 0] == first_key).all())
+        seen = int((positions[:, 0] + lengths).max())
+        tables = tables[:, : -(-seen // size)]
+        mask = None
+        if not fresh:
+            slots = torch.arange(seen, device=device)
+            mask = slots <= positions.to(device).unsqueeze(-1)  # [B, T, S]
+            if first_key:
+                mask &= slots >= first_key
+            mask = mask.unsqueeze(1)
+        stride = None if fresh else _spacing(tables)
+        first = int(tables[0, 0])
+        return cls(write.to(device), tables.to(device), mask, seen, absorbed, fresh, stride, first)
+
+
+def _spacing(tables: Tensor) -> int | None:
+    """Blocks from one row's range to the next row's, or None where the rows are no evenly spaced ranges."""
+    if tables.shape[1] > 1 and not bool((tables.diff(dim=1) == 1).all()):
+        return None
+    if tables.shape[0] == 1:
+        return tables.shape[1]
+    steps = tables[:, 0].diff()
+    step = int(steps[0])
+    return step if step > 0 and bool((steps == step).all()) else None
 
 
 class LayerView:
-    """One layer's part of a LatentCache."""
+    """One layer of a PagedCache under a window."""
 
-    def __init__(self, cache: LatentCache, layer: int) -> None:
-        self._cache, self._layer = cache, layer
+    def __init__(self, cache: PagedCache, layer: Tensor, window: Window) -> None:
+        self._cache, self._layer, self._window = cache, layer, window
 
-    def append(self, entry: Tensor) -> tuple[Tensor, Tensor]:
-        return self._cache.append(self._layer, entry)
+    @property
+    def absorbed(self) -> bool:
+        return self._window.absorbed
+
+    def append(self, entry: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Write entry [B, T, width]; return what its tokens may see. Numbers pass through the cache's precision."""
+        kept = entry.to(self._layer.dtype)
+        self._layer.view(-1, self._cache.width).index_copy_(0, self._window.write, kept.flatten(0, 1))
+        if not self._window.fresh:
+            kept = self._cache.gather(self._layer, self._window)
+        return kept.to(entry.dtype), self._window.mask

@@ -1,106 +1,103 @@
-"""The engine: prompts in, tokens out, through the latent cache.
+"""The engine: prompts in, tokens out, through the paged latent cache.
 
     engine = Engine(model, tokenizer)
     completions = engine.generate([prompt_ids, ...], SamplingParams(max_tokens=64))
     for event in engine.stream("text or ids", max_tokens=64): print(event.text, end="")
 
-RL rollouts, `tael chat`, `tael complete` and evaluation all sample here. A prompt is read in MHA form, then every
-step decodes one token a sequence in the absorbed form; finished sequences leave the batch.
+    sequence = engine.submit(prompt_ids, params)          requests may come and go at any step
+    while engine.busy: events = engine.step()
+
+RL rollouts, `tael chat`, `tael complete`, evaluation and the service all sample here. What one request gets does not
+depend on the others: not its random numbers, and its logits only by rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import itertools
+import time
+from collections.abc import Hashable, Iterator
+from collections.abc import Sequence as List
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tael.data import Tokenizer
-from tael.engine.cache import LatentCache
-from tael.engine.sampling import SamplingParams, sample, uniforms
+from tael.engine.batch import StepBatch
+from tael.engine.params import SamplingParams
+from tael.engine.pool import Pool, make_pool
+from tael.engine.sampling import SamplerState, sample_rows
+from tael.engine.scheduler import Work
+from tael.engine.sequence import Completion, EngineStats, Sequence, TokenEvent, Top
+from tael.engine.settings import EngineSettings
+from tael.engine.watch import Watch, opening
 from tael.errors import TaelError, did_you_mean
 from tael.model.transformer import Transformer
 
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass
-class Completion:
-    """What followed one prompt: `tokens` end with the stop token when `finish_reason` is "stop"."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """One streamed token and the text it completes (empty while a character is unfinished)."""
-
-    token: int
-    text: str
-    logprob: float
-    finish_reason: FinishReason | None = None
-
 
 class Engine:
-    """Samples from `model` (used as it is, on its device and in its precision)."""
+    """Samples from `model` (used as it is, on its device and in its precision).
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None) -> None:
+    `overrides` are EngineSettings fields, put over `settings`. Raises TaelError for contradictory settings, and for a
+    cache that does not fit the memory.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        settings: EngineSettings | None = None,
+        **overrides,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.settings = (settings or EngineSettings()).put(**overrides)
+        self.stats = EngineStats()
+        self._arrivals = itertools.count()
+        self._events: list[TokenEvent] = []  # made, but not yet handed to who called `step`
+        self._pool = make_pool(model, self.settings, None) if self.settings.sizes_cache else None
 
     @property
-    def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+    def pool(self) -> Pool:
+        """The cache and who runs on it; there is one once there has been a request."""
+        if self._pool is None:
+            raise TaelError(
+                "this engine has had no request yet, so it has no cache; give cache_tokens for one at once"
+            )
+        return self._pool
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[Completion]:
-        """Complete every prompt (token ids). One `params` for all means seeds seed, seed + 1, .. by place.
+    # ------------------------------------------------------------- one request
 
-        Raises TaelError for an empty prompt, an unknown token, or one that does not fit the model's context.
+    def submit(
+        self, prompt: List[int], params: SamplingParams, *, salt: Hashable = None, text: bool = True
+    ) -> Sequence:
+        """A request joins the waiting; its tokens come out of `step`.
+
+        Sequences of different `salt` never share a prefix. `text`: events carry text (with a tokenizer). Raises
+        TaelError, and changes nothing, for a prompt or parameters that cannot be served.
         """
-        if isinstance(params, SamplingParams):
-            params = [replace(params, seed=params.seed + i) for i in range(len(prompts))]
-        if not prompts:
-            return []
-        run = _Run(self, prompts, list(params))
-        while run.active:
-            run.step()
-        return run.completions
+        sequence = self._make(prompt, params, salt, text)
+        self._provide([sequence.slots], whole_batch=True)
+        self._join(sequence)
+        return sequence
 
-    def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options
-    ) -> Iterator[TokenEvent]:
-        """Complete one prompt, yielding tokens as they come; `options` are SamplingParams fields, put over `params`.
+    def _make(self, prompt: List[int], params: SamplingParams, salt: Hashable, text: bool) -> Sequence:
+        self.check_prompt(prompt, params.max_tokens)
+        tokens = list(prompt)
+        begins = opening(tokens, self.tokenizer)
+        state = self._sampler(tokens, params, begins)
+        watched = text or params.stop or params.thinking_budget is not None
+        watch = Watch(params, self.tokenizer if watched else None, thinking=begins == "thinking")
+        return Sequence(len(tokens), tokens, params, next(self._arrivals), state, watch, salt)
 
-        Raises TaelError, at the first token asked for, as `generate` does and for an unknown option.
-        """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise TaelError("this engine has no tokenizer: give the prompt as token ids")
-            bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-            prompt = bos + self.tokenizer.encode(prompt)
-        for name in options:
-            if name not in SamplingParams.__dataclass_fields__:
-                raise TaelError(
-                    f"unknown sampling option '{name}'{did_you_mean(name, SamplingParams.__dataclass_fields__)}"
-                )
-        params = replace(params or SamplingParams(), **options)
-        run = _Run(self, [prompt], [params])
-        completion, shown = run.completions[0], ""
-        while run.active:
-            run.step()
-            text = self.tokenizer.decode(completion.tokens) if self.tokenizer else ""
-            finished = completion.finish_reason if not run.active else None
-            if text.endswith("\ufffd") and finished is None:
-                text = shown  # a character is still unfinished
-            yield TokenEvent(completion.tokens[-1], text[len(shown) :], completion.logprobs[-1], finished)
-            shown = text
+    def _sampler(self, tokens: list[int], params: SamplingParams, begins: str) -> SamplerState:
+        return SamplerState(params, tokens, self.model.config.vocab_size)
 
-    def check_prompt(self, prompt: Sequence[int], max_tokens: int) -> None:
+    def _join(self, sequence: Sequence) -> None:
+        self.pool.scheduler.add(sequence)
+        for token in sequence.watch.forced:
+            self._events += self._keep(sequence, token, 0.0, None)
+
+    def check_prompt(self, prompt: List[int], max_tokens: int) -> None:
         """Raise TaelError naming what is wrong with a prompt."""
         config = self.model.config
         if not len(prompt):
@@ -113,70 +110,224 @@ class Engine:
                 f"{config.max_position_embeddings}; shorten the prompt or lower max_tokens"
             )
 
+    def cancel(self, sequence: Sequence) -> None:
+        """End a request at once; one that is over stays as it is."""
+        if sequence.state != "finished":
+            sequence.finish_reason = "cancelled"
+            self.pool.scheduler.finish(sequence)
 
-class _Run:
-    """A batch on its way: `active` are the indices of unfinished requests, in the order of the cache's rows."""
+    # ------------------------------------------------------------ many requests
 
-    def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], params: list[SamplingParams]) -> None:
-        for prompt, p in zip(prompts, params, strict=True):
-            engine.check_prompt(prompt, p.max_tokens)
-        self.model, device = engine.model, engine.device
-        self.params, self.completions = params, [Completion() for _ in prompts]
-        self.active = list(range(len(prompts)))
-        steps = max(p.max_tokens for p in params)
-        self._uniform = uniforms(params, steps).to(device)
-        self._temperature = torch.tensor([p.temperature for p in params], device=device)
-        self._top_p = torch.tensor([p.top_p for p in params], device=device)
-        self._lengths = torch.tensor([len(p) for p in prompts], device=device)
-        longest = int(self._lengths.max())
-        dtype = self.model.embed_tokens.weight.dtype
-        self._cache = LatentCache(self.model.config, len(prompts), longest + steps, dtype, device)
-        self._pending = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
-        for row, prompt in enumerate(prompts):
-            self._pending[row, : len(prompt)] = torch.tensor(list(prompt))
-        self._rows = torch.arange(len(prompts), device=device)  # request index of every cache row
-        self._drawn = 0
+    def generate(self, prompts: List[List[int]], params: SamplingParams | List[SamplingParams]) -> list[Completion]:
+        """Complete every prompt (token ids). One `params` for all means seeds seed, seed + 1, .. by place.
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """One forward pass (the first reads the prompts), one token a sequence."""
-        token, logprob = self._sample(self._forward())
-        self._lengths = self._lengths + 1
-        self._drawn += 1
-        self._pending = token.unsqueeze(-1)
-        going = []
-        for row, (index, t, lp) in enumerate(zip(self._rows.tolist(), token.tolist(), logprob.tolist(), strict=True)):
-            completion, params = self.completions[index], self.params[index]
-            if len(completion.tokens) >= params.max_tokens or completion.finish_reason == "stop":
-                continue  # finished before, its row not yet dropped
-            completion.tokens.append(t)
-            completion.logprobs.append(lp)
-            if t in params.stop_ids:
-                completion.finish_reason = "stop"
-            elif len(completion.tokens) < params.max_tokens:
-                going.append(row)
-        self.active = [int(self._rows[row]) for row in going]
-        if going and len(going) <= 0.75 * len(self._rows):
-            self._drop_all_but(torch.tensor(going, device=token.device))
+        Raises TaelError, before any work, for an empty prompt, an unknown token, or one that does not fit the model's
+        context or the cache.
+        """
+        if isinstance(params, SamplingParams):
+            params = [replace(params, seed=params.seed + i) for i in range(len(prompts))]
+        if not prompts:
+            return []
+        sequences = [self._make(prompt, p, None, False) for prompt, p in zip(prompts, params, strict=True)]
+        self._provide([s.slots for s in sequences])
+        for sequence in sequences:
+            self._join(sequence)
+        for _ in self._run(sequences):
+            pass
+        for sequence in sequences:
+            if sequence.error is not None:
+                raise TaelError(sequence.error)
+        return [Completion.of(sequence) for sequence in sequences]
 
-    def _forward(self) -> Tensor:
-        """Logits [B, V] of the last token of every sequence."""
-        first = self._drawn == 0
-        width = self._pending.shape[1]
-        if first:
-            positions = torch.arange(width, device=self._rows.device).expand(len(self._rows), -1)
-            last = self._lengths - 1
-        else:
-            positions = (self._lengths - 1).unsqueeze(-1)
-            last = torch.zeros_like(self._lengths)
-        views = self._cache.begin(positions)
-        hidden = self.model.features(self._pending, None, views, positions).hidden  # [B, T, D]
-        return self.model.logits(hidden[torch.arange(len(hidden), device=hidden.device), last])
+    def stream(
+        self, prompt: str | List[int], params: SamplingParams | None = None, **options
+    ) -> Iterator[TokenEvent]:
+        """Complete one prompt, yielding tokens as they come; `options` are SamplingParams fields, put over `params`.
 
-    def _sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self._rows
-        return sample(logits, self._temperature[rows], self._top_p[rows], self._uniform[rows, self._drawn])
+        Raises TaelError, at the first token asked for, as `generate` does and for an unknown option. Closing the
+        iterator ends the request.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise TaelError("this engine has no tokenizer: give the prompt as token ids")
+            prompt = [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]
+        for name in options:
+            if name not in SamplingParams.__dataclass_fields__:
+                raise TaelError(
+                    f"unknown sampling option '{name}'{did_you_mean(name, SamplingParams.__dataclass_fields__)}"
+                )
+        sequence = self._make(prompt, replace(params or SamplingParams(), **options), None, True)
+        self._provide([sequence.slots, self.model.config.max_position_embeddings])
+        self._join(sequence)
+        yield from self._run([sequence])
+        if sequence.error is not None:
+            raise TaelError(sequence.error)
 
-    def _drop_all_but(self, rows: Tensor) -> None:
-        self._cache.keep(rows)
-        self._rows, self._lengths, self._pending = self._rows[rows], self._lengths[rows], self._pending[rows]
+    def _run(self, sequences: list[Sequence]) -> Iterator[TokenEvent]:
+        """Step until all of `sequences` are finished, yielding their events; those of others wait for `step`."""
+        mine, others = set(map(id, sequences)), []
+        try:
+            while True:
+                for event in self._advance():
+                    if id(event.sequence) not in mine:
+                        others.append(event)
+                    elif event.finish_reason != "error":
+                        yield event
+                if all(s.state == "finished" for s in sequences):
+                    return
+        finally:
+            self._events = others + self._events
+            for sequence in sequences:
+                self.cancel(sequence)
+
+    def score(self, prompts: List[List[int]], temperature: float = 1.0) -> list[Tensor]:
+        """Log-probabilities [T - 1] fp32 of every prompt's tokens from the second on, as the model reads them.
+
+        Equal to the trainer's for the same tokens: the same products in the same order. Raises TaelError as
+        `generate` does.
+        """
+        for prompt in prompts:
+            self.check_prompt(prompt, 0)
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        self._provide([n for n in lengths if n])
+        results: list[Tensor] = [torch.empty(0) for _ in prompts]
+        rows = [i for i, n in enumerate(lengths) if n]
+        while rows:
+            taken = 1
+            while taken < len(rows) and self._fits([lengths[i] for i in rows[: taken + 1]]):
+                taken += 1
+            part, rows = rows[:taken], rows[taken:]
+            for i, found in zip(part, self._score([prompts[i] for i in part], temperature), strict=True):
+                results[i] = found
+        return results
+
+    def _provide(self, slots: List[int], whole_batch: bool = False) -> None:
+        """A cache in which sequences of `slots` each fit one by one; made now if there is none, or none large enough.
+
+        `whole_batch`: who asks may go on to ask for as many as may run at a time.
+        """
+        size, pool = self.settings.block_size, self._pool
+        if not self.settings.sizes_cache and slots:
+            need = sum(sorted((-(-n // size) for n in slots), reverse=True)[: self.settings.max_batch])
+            idle = pool is None or not pool.scheduler.busy
+            if pool is None or (idle and need > pool.blocks.usable):
+                self._pool = pool = make_pool(self.model, self.settings, None if whole_batch else slots, pool)
+        usable = self.pool.blocks.usable * size if slots else 0
+        if slots and max(slots) > usable:
+            raise TaelError(
+                f"a request of {max(slots)} tokens (prompt and max_tokens) can never fit the cache of {usable}; "
+                "shorten it or raise cache_tokens"
+            )
+
+    def _fits(self, lengths: list[int]) -> bool:
+        blocks = self.pool.blocks
+        enough = sum(map(blocks.blocks_for, lengths)) <= blocks.available
+        return enough and sum(lengths) <= self.settings.token_budget
+
+    def _score(self, prompts: list[List[int]], temperature: float) -> list[Tensor]:
+        tables: list[list[int]] = []
+        try:
+            for prompt in prompts:
+                need = self.pool.blocks.blocks_for(len(prompt) - 1)
+                if need > self.pool.blocks.available:
+                    raise TaelError("the cache is full of running requests; score when some have finished")
+                tables.append(self.pool.blocks.allocate(need))
+            batch = StepBatch.build([(p[:-1], 0, t, True) for p, t in zip(prompts, tables, strict=True)])
+            logits = self.pool.runner.logits(self.pool.runner.forward(batch))  # [N, V]
+        finally:
+            for table in tables:
+                self.pool.blocks.release(table)
+        if temperature != 1.0:
+            logits = logits / temperature
+        targets = torch.tensor([token for prompt in prompts for token in prompt[1:]], device=logits.device)
+        found = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return list(found.split([len(prompt) - 1 for prompt in prompts]))
+
+    # -------------------------------------------------------------------- steps
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self._events) or (self._pool is not None and self.pool.scheduler.busy)
+
+    def step(self) -> list[TokenEvent]:
+        """One forward pass over whoever is next, and the tokens that came of it; [] when there is nothing to do."""
+        return self._advance() if self.busy else []
+
+    def _advance(self) -> list[TokenEvent]:
+        events, self._events = self._events, []
+        began = time.perf_counter()
+        plan = self.pool.scheduler.schedule()
+        if not plan:
+            return events
+        parts = [(w.sequence.tokens[w.start : w.stop], w.start, w.sequence.table, w.expanded) for w in plan]
+        batch = StepBatch.build(parts)
+        hidden = self.pool.runner.forward(batch)  # [N, D]
+        for work in plan:
+            self.pool.scheduler.advance(work.sequence, work.stop)
+        sampling = [(work, row) for work, row in zip(plan, batch.last.tolist(), strict=True) if work.samples]
+        if sampling:
+            logits = self.pool.runner.logits(hidden[[row for _, row in sampling]])  # [n, V]
+            events += self._sample([work.sequence for work, _ in sampling], logits)
+        self._count(plan, time.perf_counter() - began)
+        return events
+
+    def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[TokenEvent]:
+        """A token a sequence; one whose logits leave none ends by itself."""
+        try:
+            sampled = [(sequences, sample_rows(logits, [s.sampler for s in sequences]))]
+        except TaelError:
+            sampled = []
+            for row, sequence in enumerate(sequences):
+                try:
+                    sampled.append(([sequence], sample_rows(logits[row : row + 1], [sequence.sampler])))
+                except TaelError as error:
+                    self._events.append(self._fail(sequence, str(error)))
+        return [
+            event
+            for group, found in sampled
+            for sequence, token, logprob, top in zip(group, found.tokens, found.logprobs, found.top, strict=True)
+            for event in self._keep(sequence, token, logprob, top)
+        ]
+
+    def _keep(self, sequence: Sequence, token: int, logprob: float, top: Top) -> list[TokenEvent]:
+        """A token joins the output; more than one event where the watch puts tokens in."""
+        sequence.tokens.append(token)
+        sequence.logprobs.append(logprob)
+        if top is not None:
+            sequence.top.append(top)
+        sequence.sampler.accept(token)
+        self.stats.generated_tokens += 1
+        seen = sequence.watch.push(token)
+        reason, text = seen.finish_reason, seen.text
+        if reason is None and sequence.sampler.is_done:
+            reason, text = "stop", text + sequence.watch.finish()
+        if reason is not None:
+            sequence.finish_reason, sequence.stop_sequence = reason, seen.stop_sequence
+            self.pool.scheduler.finish(sequence)
+        events = [TokenEvent(token, text, logprob, reason, sequence, top)]
+        for forced in () if reason is not None else seen.forced:
+            events += self._keep(sequence, forced, 0.0, None)
+        return events
+
+    def _fail(self, sequence: Sequence, error: str) -> TokenEvent:
+        """End one request with an error; its blocks must not be shared, nor leave what is no number behind."""
+        self.pool.discard(sequence.table)
+        sequence.finish_reason, sequence.error = "error", error
+        self.pool.scheduler.finish(sequence)
+        return TokenEvent(-1, "", 0.0, "error", sequence)
+
+    def _count(self, plan: list[Work], seconds: float) -> None:
+        stats = self.stats
+        prompt = sum(w.stop - w.start for w in plan if w.expanded)
+        total = sum(w.stop - w.start + w.drafts for w in plan)
+        stats.steps += 1
+        stats.prompt_tokens += prompt
+        stats.cached_tokens += sum(
+            w.sequence.cached
+            for w in plan
+            if w.start == w.sequence.cached and w.expanded and not w.sequence.preemptions
+        )
+        stats.preemptions = self.pool.scheduler.preemptions
+        stats.prefill_seconds += seconds * prompt / total
+        stats.decode_seconds += seconds * (1 - prompt / total)

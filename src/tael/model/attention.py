@@ -4,9 +4,10 @@ Both project a token to one cache *entry*, and attend from queries to entries. W
 business: without a cache they attend within the sequence, with one they hand the new entries over and attend to
 what comes back (`LayerCache`).
 
-MLA runs in two forms that give the same numbers. Many query tokens: expand the latents to keys and values (MHA form).
-Few: absorb W_UK into the query and W_UV into the output, so that all heads attend to the R + P cached values (MQA
-form); that reads R + P values a cached token in place of H (N + P + V).
+MLA runs in two forms that give the same numbers up to rounding. Many query tokens: expand the latents to keys and
+values (MHA form). Few: absorb W_UK into the query and W_UV into the output, so that all heads attend to the R + P
+cached values (MQA form); that reads R + P values a cached token in place of H (N + P + V). The cache's keeper says
+which: a prompt is read in the first form, generated tokens in the second.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from tael.model.config import ModelConfig
 from tael.model.norm import RMSNorm
 from tael.model.rope import Rope, rotate, softmax_scale
 
-ABSORB_UP_TO = 8
-"""Query tokens up to which the absorbed form is taken; beyond it expanding the latents once is cheaper."""
-
 
 class LayerCache(Protocol):
-    """Where one layer's entries live."""
+    """Where one layer's entries live. `absorbed`: MLA is to read them in the absorbed form."""
 
-    def append(self, entry: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep `entry` [B, T, width]; return all entries [B, S, width] and who may see whom [B, 1, T, S] bool."""
+    @property
+    def absorbed(self) -> bool: ...
+
+    def append(self, entry: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Keep `entry` [B, T, width]; return all entries [B, S, width] and who may see whom [B, 1, T, S] bool.
+
+        None for the latter means causal over equal T and S: the entries are those of the new tokens alone.
+        """
         ...
 
 
@@ -81,8 +85,7 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             entry, mask = cache.append(entry)
         latent, k_rope = entry.split((self.rank, self.rope), dim=-1)  # [B, S, R], [B, S, P]
-        absorbed = cache is not None and x.shape[1] <= ABSORB_UP_TO
-        form = self._absorbed if absorbed else self._expanded
+        form = self._absorbed if cache is not None and cache.absorbed else self._expanded
         return self.o_proj(form(q_nope, q_rope, latent, k_rope, mask))
 
     def _query(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
@@ -110,8 +113,10 @@ class MultiHeadLatentAttention(nn.Module):
     def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> Tensor:
-        w_uk, w_uv = self.kv_b_proj.weight.view(self.heads, self.nope + self.value, self.rank).split(
-            (self.nope, self.value), dim=1
+        w_uk, w_uv = (
+            self.kv_b_proj.weight.to(latent.dtype)
+            .view(self.heads, self.nope + self.value, self.rank)
+            .split((self.nope, self.value), dim=1)
         )  # [H, N, R], [H, V, R]
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, w_uk)
         scores = torch.einsum("bthr,bsr->bhts", q_latent, latent) + torch.einsum("bthp,bsp->bhts", q_rope, k_rope)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tael.model.attention import GroupedQueryAttention, LayerCache, MultiHeadLatentAttention
@@ -83,7 +82,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [.., D] -> logits [.., V]; the same head serves the main model and the MTP depths."""
-        return F.linear(hidden, self.lm_head.weight)
+        return self.lm_head(hidden)
 
     def features(
         self,
@@ -116,16 +115,33 @@ class Transformer(nn.Module):
         depth k has seen token t + k and predicts token t + k + 1 (V3 eq. 21 to 23).
         """
         length = hidden.shape[1]
-        rope = make_rope(self.config, torch.arange(length, device=tokens.device))
-        mask = document_mask(document_ids) if document_ids is not None else None
+        positions = torch.arange(length, device=tokens.device)
         results = []
-        for depth, module in enumerate(self.mtp, start=1):
-            assert isinstance(module, MTPModule)
-            joined = module.join(hidden, self.embed_tokens(tokens[:, depth : depth + length]))
-            out, routing = module.block(joined, rope, mask)
-            hidden = module.norm(out)
-            results.append(Features(hidden, [routing] if routing is not None else []))
+        for depth in range(1, len(self.mtp) + 1):
+            results.append(self.mtp_step(depth, hidden, tokens[:, depth : depth + length], positions, document_ids))
+            hidden = results[-1].hidden
         return results
+
+    def mtp_step(
+        self,
+        depth: int,
+        hidden: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        document_ids: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Features:
+        """One MTP depth (1, 2, ..): `tokens` [B, T], each following the state in `hidden` [B, T, D].
+
+        A common shift of `positions` ([T] or [B, T]) changes nothing: rotary attention is relative. With a cache they
+        are the slots, and the cache says what is seen.
+        """
+        module = self.mtp[depth - 1]
+        assert isinstance(module, MTPModule)
+        rope = make_rope(self.config, positions)
+        mask = document_mask(document_ids) if document_ids is not None else None
+        out, routing = module.block(module.join(hidden, self.embed_tokens(tokens)), rope, mask, cache)
+        return Features(module.norm(out), [routing] if routing is not None else [])
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

@@ -1,0 +1,95 @@
+"""The cache of an engine and who runs on it, and how large it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from tael.engine.blocks import BlockManager
+from tael.engine.runner import Runner, make_runner, wants_mtp
+from tael.engine.scheduler import Scheduler
+from tael.engine.settings import EngineSettings
+from tael.errors import TaelError
+from tael.model.transformer import Transformer
+
+SHARE = 0.5
+"""Of the free memory, what a cache whose size nobody has set may take."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A runner with its cache, the bookkeeping of its blocks, and the scheduler of those who use them."""
+
+    runner: Runner
+    blocks: BlockManager
+    scheduler: Scheduler
+
+    def discard(self, table: List[int]) -> None:
+        """Make sure that nobody meets what a failed sequence left in its blocks."""
+        self.blocks.retract(table)
+        erase = getattr(self.runner, "erase", None)  # a runner that reads no further than it has written needs none
+        own = [block for block in table if self.blocks.uses(block) == 1]
+        if erase is not None and own:
+            erase(own)
+
+
+def make_pool(
+    model: Transformer, settings: EngineSettings, wanted: List[int] | None, before: Pool | None = None
+) -> Pool:
+    """A pool of the size the settings name, or else large enough for sequences of `wanted` slots at a time.
+
+    `wanted` None: for max_batch sequences of the model's whole context. Raises TaelError for a cache that is larger
+    than the free memory.
+    """
+    size = settings.block_size
+    block_bytes = size * bytes_a_slot(model, settings)
+    free = free_memory(model)
+    if settings.sizes_cache:
+        blocks = (settings.cache_tokens or 0) // size or (settings.cache_bytes or 0) // block_bytes
+        blocks += settings.cache_tokens is not None  # the reserved one comes on top of what was asked for
+        if blocks < 2:
+            raise TaelError(
+                f"engine: cache_bytes {settings.cache_bytes} is less than two blocks of {block_bytes} bytes"
+            )
+        if blocks * block_bytes > free:
+            raise TaelError(
+                f"engine: a cache of {blocks * size:,} tokens takes {_gigabytes(blocks * block_bytes)}, but "
+                f"{_gigabytes(free)} are free; lower cache_tokens or max_batch"
+            )
+    else:
+        each = [-(-n // size) for n in wanted] if wanted else [-(-model.config.max_position_embeddings // size)]
+        each = sorted(each, reverse=True)[: settings.max_batch] if wanted else each * settings.max_batch
+        # A block a sequence more than they need: admission keeps one for each that runs.
+        blocks = min(sum(each) + len(each) + 1, max(int(free * SHARE) // block_bytes, each[0] + 1))
+        if blocks * block_bytes > free:
+            raise TaelError(
+                f"engine: a sequence of {each[0] * size:,} tokens takes {_gigabytes(blocks * block_bytes)} of cache, "
+                f"but {_gigabytes(free)} are free; shorten the prompt or lower max_tokens"
+            )
+    manager = BlockManager(blocks, size)
+    scheduler = Scheduler(manager, settings.max_batch, settings.token_budget, settings.prefix_cache)
+    if before is not None:
+        scheduler.preemptions = before.scheduler.preemptions
+    return Pool(make_runner(model, settings, blocks), manager, scheduler)
+
+
+def bytes_a_slot(model: Transformer, settings: EngineSettings) -> int:
+    """Bytes of cache a token takes over all layers, MTP's included where they draft."""
+    config = model.config
+    layers = config.num_hidden_layers + (len(model.mtp) if wants_mtp(model, settings) else 0)
+    return layers * config.cache_values_per_token() * torch.empty(0, dtype=model.norm.weight.dtype).element_size()
+
+
+def free_memory(model: Transformer) -> int:
+    """Bytes that are free on the model's device."""
+    device = model.norm.weight.device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
