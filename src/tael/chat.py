@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tael.data import Message, Mode, Tokenizer, encode_prompt, parse_completion
+from tael.data import Message, Mode, Tokenizer, encode_chat, parse_completion
 from tael.engine import Engine, SamplingParams
 from tael.errors import TaelError, did_you_mean
 
@@ -85,7 +85,7 @@ class Conversation:
         self.reply, began = Reply(), time.perf_counter()
         try:
             prompt = self._prompt()
-            thinking = self.mode == "think"
+            thinking = self.mode == "think" and self.tokenizer.end_think_id is not None
             for event in self.engine.stream(prompt, self.params):
                 tokens.append(event.token)
                 self.reply.tokens, self.reply.seconds = len(tokens), time.perf_counter() - began
@@ -111,7 +111,7 @@ class Conversation:
         instructions = [Message("system", self.system)] if self.system else []
         room = self.engine.model.config.max_position_embeddings - self.params.max_tokens
         for start in range(0, len(self.messages), 2):
-            prompt = encode_prompt(self.tokenizer, instructions + self.messages[start:], self.mode)
+            prompt = encode_chat(self.tokenizer, instructions + self.messages[start:], self.mode)
             if len(prompt) <= room:
                 self.forgotten = start
                 return prompt

@@ -268,33 +268,68 @@ class Precision(StrEnum):
     fp32 = "fp32"
 
 
+class Quant(StrEnum):
+    """Types of a GGUF file's matrices."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
+
+
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A model folder, a run directory, or a run's name.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
-    to: Annotated[Layout, typer.Option(help="hf: config.json, safetensors, tokenizer.json.")],
-    dtype: Annotated[Precision | None, typer.Option(help="Type of the weights; as they are unless given.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that is there.")] = False,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a .gguf file, a run, or a checkpoint.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder, or the .gguf file, to write.")],
+    to: Annotated[Layout, typer.Option(help="hf: config.json, safetensors, tokenizer.json. gguf: for llama.cpp.")],
+    dtype: Annotated[
+        Precision | None, typer.Option(help="hf: type of the weights; as they are unless given.")
+    ] = None,
+    quant: Annotated[Quant | None, typer.Option(help="gguf: type of the matrices; f16 unless given.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
 ) -> None:
     """Write a model in a layout other tools read."""
-    if to is Layout.gguf:
-        raise TaelError("convert --to gguf is not there yet: it comes with the inference engine; --to hf works now")
-    import torch
+    from tael.data import load_gguf_tokenizer, load_tokenizer
+    from tael.weights import is_gguf
 
-    from tael.data import load_tokenizer
-    from tael.weights import load_model, resolve, save_model
-
-    folder = resolve(source)
+    place = _find(source)
+    if (quant if to is Layout.hf else dtype) is not None:
+        raise TaelError(f"--{'quant' if to is Layout.hf else 'dtype'} does not go with --to {to.value}")
     if target.exists() and not overwrite:
         raise TaelError(f"{target}: is there already; name another place, or --overwrite to replace it")
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored_type = stored.get("torch_dtype") or stored.get("dtype")
-    wanted = dtype or (Precision.bf16 if stored_type == "bfloat16" else Precision.fp32)
-    kind = torch.bfloat16 if wanted is Precision.bf16 else torch.float32
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    if is_gguf(place):
+        tokenizer = load_gguf_tokenizer(place)
+    else:
+        tokenizer = load_tokenizer(place) if (place / "tokenizer.json").is_file() else None
     with interruptible():
-        save_model(load_model(folder, dtype=kind), target, tokenizer, kind)
+        if to is Layout.gguf:
+            _write_gguf(place, target, tokenizer, quant or Quant.f16)
+        else:
+            _write_folder(place, target, tokenizer, dtype)
     print(target)
+
+
+def _write_gguf(place: Path, target: Path, tokenizer: Tokenizer | None, quant: Quant) -> None:
+    from tael.weights import save_gguf
+
+    if target.suffix.lower() != ".gguf" or target.is_dir():
+        raise TaelError(f"{target}: must be a file that ends in .gguf")
+    if tokenizer is None:
+        raise TaelError(f"{place}: has no tokenizer.json, without which llama.cpp loads no model")
+    save_gguf(tael.load_model(place), target, tokenizer, quant.value)
+
+
+def _write_folder(place: Path, target: Path, tokenizer: Tokenizer | None, dtype: Precision | None) -> None:
+    import torch
+
+    from tael.weights import is_gguf, save_model
+
+    if dtype is None and not is_gguf(place):
+        stored = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        dtype = Precision.bf16 if (stored.get("torch_dtype") or stored.get("dtype")) == "bfloat16" else None
+    kind = torch.bfloat16 if dtype is Precision.bf16 else torch.float32
+    save_model(tael.load_model(place, dtype=kind), target, tokenizer, kind)
 
 
 # ------------------------------------------------------------------ using them

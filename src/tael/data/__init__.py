@@ -7,6 +7,7 @@ from tael.data.gguf_tokenizer import load_gguf_tokenizer
 from tael.data.loader import IGNORED, Batch, Loader
 from tael.data.packing import PADDING_DOCUMENT, Rows, pack_documents, pack_examples
 from tael.data.sources import SOURCES, SourceInfo, conversations, documents, fetch, split
+from tael.data.template import encode_chat, speaks_deepseek
 from tael.data.tokenizer import Tokenizer, clean_text, load_tokenizer, train_tokenizer
 from tael.data.types import Document, Example, Message, Mode, Role
 
@@ -33,6 +34,7 @@ __all__ = [
     "conversations",
     "cut_text",
     "documents",
+    "encode_chat",
     "encode_example",
     "encode_fim_prompt",
     "encode_prompt",
@@ -45,6 +47,7 @@ __all__ = [
     "pack_examples",
     "parse_completion",
     "render_text",
+    "speaks_deepseek",
     "split",
     "train_tokenizer",
     "undo_psm",

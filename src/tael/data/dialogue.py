@@ -124,21 +124,30 @@ def encode_example(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example
     return Example(tokens, loss_mask)
 
 
-def _split_once(ids: list[int], separator: int | None) -> tuple[list[int], list[int] | None]:
-    if separator is None or separator not in ids:
-        return ids, None
-    at = ids.index(separator)
-    return ids[:at], ids[at + 1 :]
+def _split_once(ids: list[int], *separators: int | None) -> tuple[list[int], list[int] | None]:
+    at = next((i for i, token in enumerate(ids) if token in separators), None)
+    return (ids, None) if at is None else (ids[:at], ids[at + 1 :])
+
+
+def _parse_text(text: str, thinking: bool, finished: bool) -> ParsedAnswer:
+    """The same for a model whose thoughts, if it has any, are marked in plain text."""
+    begun = text.lstrip().startswith(THINK)
+    thought, ended, answer = text.partition(END_THINK)
+    if not (begun or (thinking and ended)):
+        return ParsedAnswer(None, text, finished)
+    return ParsedAnswer(thought.lstrip().removeprefix(THINK), answer, finished)
 
 
 def parse_completion(tokenizer: Tokenizer, tokens: Iterable[int], mode: Mode) -> ParsedAnswer:
-    """Take apart what the model said after `encode_prompt(..., mode)`; total: any ids give an answer.
+    """Take apart what the model said after `encode_chat(..., mode)`; total: any ids give an answer.
 
-    Nothing after the first end-of-sentence counts. Thoughts that never reach `</think>` are reasoning with an empty
-    answer. In mode "free" a completion that starts with neither token is all answer. Stray special tokens are
-    left out.
+    Nothing after the first token that ends an answer counts. Thoughts that never reach `</think>` are reasoning with
+    an empty answer. In mode "free" a completion that starts with neither token is all answer. Stray special tokens
+    are left out. Where the tokenizer has no such tokens, `<think>` and `</think>` in plain text do.
     """
-    ids, rest = _split_once([int(i) for i in tokens], tokenizer.eos_id)
+    ids, rest = _split_once([int(i) for i in tokens], *tokenizer.stop_ids)
+    if tokenizer.end_think_id is None:
+        return _parse_text(tokenizer.decode(ids), mode == "think", rest is not None)
     thinking = mode == "think"
     if mode == "free" and ids and ids[0] in (tokenizer.think_id, tokenizer.end_think_id):
         thinking = ids[0] == tokenizer.think_id

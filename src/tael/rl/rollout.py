@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tael.data import Message, ParsedAnswer, Tokenizer, encode_prompt, parse_completion
+from tael.data import Message, ParsedAnswer, Tokenizer, encode_chat, parse_completion
 from tael.engine import Completion, Engine, SamplingParams
 from tael.errors import TaelError
 from tael.model.transformer import Transformer
@@ -102,7 +102,7 @@ def answer_problems(
     params: Sequence[SamplingParams] | SamplingParams,
 ) -> list[Answer]:
     """Ask every problem once in `mode` and judge what comes."""
-    prompts = [encode_prompt(tokenizer, [Message("user", p.prompt)], mode) for p in asked]
+    prompts = [encode_chat(tokenizer, [Message("user", p.prompt)], mode) for p in asked]
     answers = []
     for problem, completion in zip(asked, engine.generate(prompts, params), strict=True):
         parsed = parse_completion(tokenizer, completion.tokens, mode)
@@ -152,7 +152,7 @@ class Rollouts:
 
     def _lay_out(self, answers: list[Answer], advantages: Tensor, rows: list[int]) -> RolloutBatch:
         prompts = {
-            a.problem.prompt: encode_prompt(self.tokenizer, [Message("user", a.problem.prompt)], self.settings.mode)
+            a.problem.prompt: encode_chat(self.tokenizer, [Message("user", a.problem.prompt)], self.settings.mode)
             for a in answers
         }
         sampled = sum(len(a.completion.tokens) for a in answers)

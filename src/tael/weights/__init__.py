@@ -2,12 +2,15 @@
 
 from tael.weights.catalogue import CHECKPOINTS, Checkpoint, HubOrigin, PackageOrigin
 from tael.weights.gguf import load_gguf
+from tael.weights.gguf_write import GGUF_TYPES, GGUFType, save_gguf
 from tael.weights.huggingface import load_model, save_model, to_hugging_face
 from tael.weights.store import available, is_gguf, is_pulled, location, pull, resolve
 
 __all__ = [
     "CHECKPOINTS",
+    "GGUF_TYPES",
     "Checkpoint",
+    "GGUFType",
     "HubOrigin",
     "PackageOrigin",
     "available",
@@ -18,6 +21,7 @@ __all__ = [
     "location",
     "pull",
     "resolve",
+    "save_gguf",
     "save_model",
     "to_hugging_face",
 ]
