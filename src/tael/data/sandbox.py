@@ -43,7 +43,8 @@ _REMOVED_FILTERS = (
     "xmlattr",
 )
 _REMOVED_GLOBALS = ("cycler", "lipsum")
-_WIDE = re.compile(r"\d{4}|\*")
+_WIDE = re.compile(r"\d{4}|\*|:[^}]*\{")
+"""In a format: a width of four digits, or one that comes from elsewhere."""
 
 _steps: ContextVar[list[int]] = ContextVar("steps")
 
@@ -290,6 +291,16 @@ class _Environment(ImmutableSandboxedEnvironment):
             _check_product(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
+    def wrap_str_format(self, value: Any) -> Any:
+        form = getattr(value, "__self__", None)
+        if (
+            isinstance(form, str)
+            and getattr(value, "__name__", "") in ("format", "format_map")
+            and _WIDE.search(form)
+        ):
+            raise _RefusedError("formats a value in too many characters")
+        return super().wrap_str_format(value)
+
     def call(__self, __context: Any, __obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         _spend()
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
@@ -298,8 +309,6 @@ class _Environment(ImmutableSandboxedEnvironment):
                 return _replace(owner, *args[:3])
             if name == "join" and len(args) == 1:
                 return _join(args[0], owner)
-            if name.startswith("format") and _WIDE.search(owner):
-                raise _RefusedError("formats a value in too many characters")
             if any(isinstance(a, int) and a > _LARGEST_NUMBER for a in args) and name not in ("split", "rsplit"):
                 raise _RefusedError(f"calls {name} with a number that is too large")
         return super().call(__context, __obj, *args, **kwargs)
