@@ -108,20 +108,18 @@ class Scheduler:
 
     def _admit(self, budget: int, plan: list[Work]) -> None:
         # A prompt that is being read right now, as in a group of samples of one problem, is worth a step's wait.
-        read = {p for s in self.running if s.computed < s.prompt_length and (p := self._prefix(s))}
+        read = {self._prefix(s) for s in self.running if s.computed < s.prompt_length} - {None}
         for sequence in list(self.waiting):
             if not budget or len(self.running) >= self._max_batch:
                 return
-            prefix = self._prefix(sequence)
-            if prefix in read:
+            if self._prefix(sequence) in read:
                 continue
             share = self._prefix_cache != "off"
             table = self.blocks.admit(sequence.tokens, len(self.running), sequence.salt, share)
             if table is None:
                 return  # in order: a long prompt is not overtaken for ever by short ones
             self._start(sequence, table)
-            if prefix and sequence.computed < sequence.prompt_length:
-                read.add(prefix)
+            read |= {self._prefix(sequence)} - {None}
             budget -= self._piece(sequence, budget, plan)
 
     def _start(self, sequence: Sequence, table: list[int]) -> None:
@@ -137,7 +135,7 @@ class Scheduler:
         insort(self.running, sequence, key=lambda s: s.arrival)
 
     def _prefix(self, sequence: Sequence) -> Hashable:
-        """What a sequence's whole blocks of prompt hold, or None when there is nothing to share."""
+        """What a sequence's whole blocks hold, or None when none of them is yet to be computed."""
         size = self.blocks.block_size
         end = (len(sequence.tokens) - 1) // size * size
         if self._prefix_cache == "off" or not end or sequence.computed >= end:
