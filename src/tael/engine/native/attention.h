@@ -66,11 +66,11 @@ inline void weigh(const float* const* p, const float* const* v, int64_t keys, in
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sum[r][c] = _mm256_loadu_ps(acc[r] + at + 8 * c);
   for (int64_t t = 0; t < keys; ++t) {
-    __m256 value[C];
-    for (int c = 0; c < C; ++c) value[c] = _mm256_loadu_ps(v[t] + at + 8 * c);
-    for (int r = 0; r < R; ++r) {
-      const __m256 weight = _mm256_broadcast_ss(p[r] + t);
-      for (int c = 0; c < C; ++c) sum[r][c] = _mm256_fmadd_ps(weight, value[c], sum[r][c]);
+    __m256 weight[R];
+    for (int r = 0; r < R; ++r) weight[r] = _mm256_broadcast_ss(p[r] + t);
+    for (int c = 0; c < C; ++c) {
+      const __m256 value = _mm256_loadu_ps(v[t] + at + 8 * c);
+      for (int r = 0; r < R; ++r) sum[r][c] = _mm256_fmadd_ps(weight[r], value, sum[r][c]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -141,14 +141,16 @@ void attend_chunk(int64_t rows, const float* const* q, const int64_t* limit, int
     const int64_t some = std::min(kTile, keys - t);
     for (int64_t i = 0; i < some; ++i) tile[i] = value(first + t + i, scratch.tile.data() + i * dv);
     int64_t r = 0;
-    const float* p[2];
-    for (; r + 2 <= rows; r += 2) {
-      p[0] = scratch.scores.data() + r * stride + t, p[1] = p[0] + stride;
-      weigh_row<2>(p, tile, some, dv, values + r);
-    }
-    if (r < rows) {
-      p[0] = scratch.scores.data() + r * stride + t;
-      weigh_row<1>(p, tile, some, dv, values + r);
+    const float* p[3];
+    for (; r < rows; r += 3) {
+      const int64_t these = std::min<int64_t>(3, rows - r);
+      for (int64_t j = 0; j < these; ++j) p[j] = scratch.scores.data() + (r + j) * stride + t;
+      if (these == 3)
+        weigh_row<3>(p, tile, some, dv, values + r);
+      else if (these == 2)
+        weigh_row<2>(p, tile, some, dv, values + r);
+      else
+        weigh_row<1>(p, tile, some, dv, values + r);
     }
   }
 }

@@ -35,9 +35,10 @@ void Operator::prepare(Rows& rows, const float* x, int64_t count, int64_t width,
   if (round) each_row(count, [&](int64_t i) { rows.round_row(i); });
 }
 
-void Operator::multiply_all(const std::vector<Job>& jobs) {
+void Operator::multiply_all(const Job* jobs, size_t number) {
   tasks_.clear();
-  for (const Job& job : jobs) {
+  for (size_t j = 0; j < number; ++j) {
+    const Job& job = jobs[j];
     const int64_t count = job.count < 0 ? job.rows->count : job.count;
     const int64_t units_end = job.to < 0 ? job.matrix->units() : job.to;
     if (count == 0) continue;
@@ -54,8 +55,8 @@ void Operator::multiply_all(const std::vector<Job>& jobs) {
 }
 
 uint8_t* Operator::entry(int64_t layer, const Batch& batch, int64_t sequence, int64_t slot) const {
-  const int64_t block = batch.tables[sequence * batch.table_width + slot / block_size_];
-  const int64_t at = (layer * blocks_ + block) * block_size_ + slot % block_size_;
+  const int64_t block = batch.tables[sequence * batch.table_width + (slot >> block_bits_)];
+  const int64_t at = ((layer * blocks_ + block) << block_bits_) + (slot & ((int64_t{1} << block_bits_) - 1));
   return static_cast<uint8_t*>(cache_) + at * shape_.width() * bytes_of(cache_type_);
 }
 
@@ -63,11 +64,10 @@ uint8_t* Operator::entry(int64_t layer, const Batch& batch, int64_t sequence, in
 template <class Query, class Key, class Value, class Out>
 void Operator::attend(const Batch& batch, const std::vector<Unit>& units, int64_t dk, int64_t dv, int64_t first_key,
                       const Query& query, const Key& key, const Value& value, const Out& out) {
-  struct Piece {
-    int64_t unit, chunk, at;
-  };
-  std::vector<Piece> pieces;
-  std::vector<int64_t> begin(units.size());
+  std::vector<Piece>& pieces = pieces_;
+  std::vector<int64_t>& begin = begin_;
+  pieces.clear();
+  begin.resize(units.size());
   int64_t total = 0;
   for (size_t u = 0; u < units.size(); ++u) {
     begin[u] = total;
@@ -115,6 +115,12 @@ void Operator::attend(const Batch& batch, const std::vector<Unit>& units, int64_
   });
 }
 
+void Operator::find_sequences(const Batch& batch) {
+  sequence_.resize(batch.count);
+  for (int64_t m = 0; m < batch.sequences; ++m)
+    for (int64_t i = batch.starts[m]; i < batch.starts[m + 1]; ++i) sequence_[i] = m;
+}
+
 void Operator::attention(const Layer& layer, int64_t index, const Batch& batch, int64_t first_key) {
   const Shape& s = shape_;
   const int64_t n = batch.count, d = s.head_dim, kv = s.kv_heads * d, per = s.heads / s.kv_heads;
@@ -122,9 +128,7 @@ void Operator::attention(const Layer& layer, int64_t index, const Batch& batch, 
   float* k = grow(k_, n * kv);
   float* v = grow(v_, n * kv);
   multiply_all({{layer.q.get(), &in_, q, s.heads * d}, {layer.k.get(), &in_, k, kv}, {layer.v.get(), &in_, v, kv}});
-  std::vector<int64_t> sequence(n);
-  for (int64_t m = 0; m < batch.sequences; ++m)
-    for (int64_t i = batch.starts[m]; i < batch.starts[m + 1]; ++i) sequence[i] = m;
+  const std::vector<int64_t>& sequence = sequence_;
   each_row(n, [&](int64_t i) {
     const float *cos = cos_ + batch.positions[i] * s.pairs(), *sin = sin_ + batch.positions[i] * s.pairs();
     for (int64_t h = 0; h < s.heads; ++h) rotate(q + (i * s.heads + h) * d, cos, sin, s.pairs(), s.interleaved);
@@ -133,7 +137,8 @@ void Operator::attention(const Layer& layer, int64_t index, const Batch& batch, 
     from_float(cache_type_, k + i * kv, to, kv);
     from_float(cache_type_, v + i * kv, to + kv * bytes_of(cache_type_), kv);
   });
-  std::vector<Unit> units;
+  std::vector<Unit>& units = units_;
+  units.clear();
   const int64_t tokens = std::max<int64_t>(1, 24 / per);
   for (int64_t m = 0; m < batch.sequences; ++m)
     for (int64_t i = batch.starts[m]; i < batch.starts[m + 1]; i += tokens)
@@ -170,9 +175,7 @@ void Operator::attention_mla(const Layer& layer, int64_t index, const Batch& bat
   } else {
     multiply_all({{layer.q.get(), &in_, q, s.heads * head}, {layer.kv_a.get(), &in_, kv, width}});
   }
-  std::vector<int64_t> sequence(n);
-  for (int64_t m = 0; m < batch.sequences; ++m)
-    for (int64_t i = batch.starts[m]; i < batch.starts[m + 1]; ++i) sequence[i] = m;
+  const std::vector<int64_t>& sequence = sequence_;
   each_row(n, [&](int64_t i) {
     const float *cos = cos_ + batch.positions[i] * s.pairs(), *sin = sin_ + batch.positions[i] * s.pairs();
     for (int64_t h = 0; h < s.heads; ++h)
@@ -439,6 +442,7 @@ void Operator::run_layer(const Layer& layer, int64_t index, const Batch& batch, 
 void Operator::forward(const Batch& batch, float* hidden) {
   const int64_t n = batch.count, d = shape_.hidden;
   pool_.begin();
+  find_sequences(batch);
   float* x = grow(x_, n * d);
   each_row(n, [&](int64_t i) { read_row(*embedding_, batch.tokens[i], x + i * d); });
   const int64_t main = static_cast<int64_t>(layers_.size() - drafts_.size());
@@ -458,6 +462,7 @@ void Operator::draft(int64_t module, const Batch& batch, const float* states, fl
   const DraftModule& m = drafts_[module];
   const int64_t n = batch.count, d = shape_.hidden;
   pool_.begin();
+  find_sequences(batch);
   float* joined = grow(joined_, n * 2 * d);
   float* x = grow(x_, n * d);
   each_row(n, [&](int64_t i) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -57,7 +58,7 @@ class Operator {
   // The cache: [layers, blocks, block size, width].
   void* cache_ = nullptr;
   Type cache_type_ = Type::f32;
-  int64_t blocks_ = 0, block_size_ = 0;
+  int64_t blocks_ = 0, block_bits_ = 0;  // 2^block_bits_ slots a block
   // cos, sin [positions, pairs].
   const float *cos_ = nullptr, *sin_ = nullptr;
 
@@ -82,7 +83,14 @@ class Operator {
     int64_t sequence, head, heads, first, last;
   };
 
-  void multiply_all(const std::vector<Job>& jobs);
+  struct Piece {  // a unit's queries on one chunk of keys; `at`: its first row among the partial results
+    int64_t unit, chunk, at;
+  };
+
+  void multiply_all(const Job* jobs, size_t count);
+  void multiply_all(std::initializer_list<Job> jobs) { multiply_all(jobs.begin(), jobs.size()); }
+  void multiply_all(const std::vector<Job>& jobs) { multiply_all(jobs.data(), jobs.size()); }
+  void find_sequences(const Batch& batch);
   template <class F>
   void each_row(int64_t rows, const F& f);
   void prepare(Rows& rows, const float* x, int64_t count, int64_t width, bool round);
@@ -100,6 +108,9 @@ class Operator {
   Pool pool_;
   std::vector<AttentionScratch> scratch_;
   std::vector<Task> tasks_;
+  std::vector<Unit> units_;
+  std::vector<Piece> pieces_;
+  std::vector<int64_t> begin_, sequence_;
   Rows in_, mid_, latent_rows_, out_rows_, hidden_rows_;
   std::vector<float> x_, normed_, q_, q_low_, k_, v_, entry_, q_latent_, attended_, out_, gate_, up_, joined_;
   std::vector<float> expanded_, latents_, partial_values_;

@@ -142,7 +142,24 @@ inline void add_scaled(float* x, const float* y, float scale, int64_t n) {
 
 // Rotate pairs (0,1), (2,3).. when interleaved, else (i, i + pairs), in place. cos, sin [pairs].
 inline void rotate(float* x, const float* cos, const float* sin, int64_t pairs, bool interleaved) {
-  for (int64_t i = 0; i < pairs; ++i) {
+  int64_t i = 0;
+  if (interleaved) {
+    const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    auto spread = [&](const float* p) { return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), twice); };
+    for (; i + 4 <= pairs; i += 4) {
+      const __m256 v = _mm256_loadu_ps(x + 2 * i), swapped = _mm256_permute_ps(v, 0xb1);
+      _mm256_storeu_ps(
+          x + 2 * i, _mm256_addsub_ps(_mm256_mul_ps(v, spread(cos + i)), _mm256_mul_ps(swapped, spread(sin + i))));
+    }
+  } else {
+    for (; i + 8 <= pairs; i += 8) {
+      const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + pairs);
+      const __m256 c = _mm256_loadu_ps(cos + i), s = _mm256_loadu_ps(sin + i);
+      _mm256_storeu_ps(x + i, _mm256_sub_ps(_mm256_mul_ps(a, c), _mm256_mul_ps(b, s)));
+      _mm256_storeu_ps(x + i + pairs, _mm256_add_ps(_mm256_mul_ps(b, c), _mm256_mul_ps(a, s)));
+    }
+  }
+  for (; i < pairs; ++i) {
     float* first = interleaved ? x + 2 * i : x + i;
     float* second = interleaved ? first + 1 : x + i + pairs;
     const float a = *first, b = *second;
