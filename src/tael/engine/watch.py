@@ -128,7 +128,7 @@ class Detokenizer:
 
     LONGEST = 12  # tokens in the window before it is cut
     KEPT = 4
-    MOST = 64  # a window of broken bytes that long is given up: what is unfinished in it is shown as U+FFFD
+    BROKEN = 8  # tokens beyond LONGEST after which bytes are broken for sure: of real text, 4 bytes make a character
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -142,37 +142,42 @@ class Detokenizer:
             return ""
         self._window.append(token)
         self._text = self._tokenizer.decode(self._window)
-        # A trailing U+FFFD may be a character whose last bytes are to come; all before it is certain.
-        certain = len(self._text) - self._text.endswith(_BROKEN)
-        new = self._text[self._shown : certain]
-        self._shown = max(self._shown, certain)
+        # U+FFFD at the end may be a character whose last bytes are to come (some decoders write one for each byte);
+        # all before is certain.
+        new = self._show(len(self._text.rstrip(_BROKEN)))
         if len(self._window) > self.LONGEST:
-            self._cut()
+            new += self._cut()
         return new
 
-    def _cut(self) -> None:
-        """Forget all but the last tokens.
+    def _show(self, end: int) -> str:
+        """The window's text up to `end` that was not given out."""
+        new = self._text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return new
 
-        Easy where everything is shown. Else the end may be an unfinished character (of at most 3 bytes): one of four
-        neighbouring borders before it is whole, and that is one where both sides decode to the text of the two.
+    def _cut(self) -> str:
+        """Forget all but the last tokens; text that this makes certain.
+
+        Easy where everything is shown, which in real text is soon. In broken bytes the end may still be an unfinished
+        character (of at most 3 bytes). Of four neighbouring borders one is whole: the text after it decodes alike
+        without what is before it.
         """
         decode = self._tokenizer.decode
-        if self._shown == len(self._text) or len(self._window) >= self.MOST:
-            self._window = self._window[-self.KEPT :]
-            self._text = decode(self._window)
-            self._shown = len(self._text)
-            return
+        broken = self._shown < len(self._text)
+        if broken and len(self._window) <= self.LONGEST + self.BROKEN:
+            return ""
         for kept in range(self.KEPT, self.KEPT + 4):
-            tail, head = decode(self._window[-kept:]), decode(self._window[:-kept])
+            tail = decode(self._window[-kept:])
+            head = decode(self._window[:-kept]) if broken else self._text[: -len(tail)]
             if tail and head + tail == self._text:
+                new = self._show(len(head))
                 self._window, self._text, self._shown = self._window[-kept:], tail, self._shown - len(head)
-                return
+                return new
+        return ""
 
     def finish(self) -> str:
         """The rest: bytes that never became a character, as U+FFFD."""
-        rest = self._text[self._shown :]
-        self._shown = len(self._text)
-        return rest
+        return self._show(len(self._text))
 
 
 class StopStrings:
