@@ -1,4 +1,4 @@
-"""GPTQ: a layer's objective against rounding to nearest, the algorithm against the paper's written out; whole models."""
+"""GPTQ: a layer's objective against rounding to nearest, the algorithm against the paper's; whole models."""
 
 from __future__ import annotations
 
