@@ -124,13 +124,16 @@ def read_config(file: GGUFFile, rope_divisors: Tensor | None = None) -> ModelCon
     if arch not in ARCHITECTURES:
         raise TaelError(f"{file.path}: architecture '{arch}' is not supported, only {', '.join(ARCHITECTURES)}")
     _refuse_unknown(file, arch)
+    layers = file.integer(f"{arch}.block_count")
+    if layers > len(file.tensors):  # before a model of as many layers is laid out
+        raise TaelError(f"{file.path}: damaged: {layers} layers, but {len(file.tensors)} tensors")
     rows = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0
     table: dict[str, Any] = {
         "model_type": ARCHITECTURES[arch],
         "vocab_size": rows or file.integer(f"{arch}.vocab_size"),
         "hidden_size": file.integer(f"{arch}.embedding_length"),
         "intermediate_size": file.integer(f"{arch}.feed_forward_length"),
-        "num_hidden_layers": file.integer(f"{arch}.block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": file.integer(f"{arch}.attention.head_count"),
         "max_position_embeddings": file.integer(f"{arch}.context_length"),
         "rms_norm_eps": file.number(f"{arch}.attention.layer_norm_rms_epsilon"),
