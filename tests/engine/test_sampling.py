@@ -34,7 +34,7 @@ from tael.engine.sampling import (
 from tael.errors import TaelError
 
 LOGITS = torch.tensor([1.0, 0.2, -0.5, 0.9, -2.0, 0.0, -1.0, 0.5])
-LIMIT = 24.3  # chi-square with 7 degrees of freedom exceeds it once in a thousand
+LIMIT = 29.9  # chi-square with 7 degrees of freedom exceeds it once in ten thousand; some 20 are looked at
 PARITY = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -85,7 +85,7 @@ def test_streams_are_independent() -> None:
 @pytest.mark.parametrize("seed", [0, 10**6, 2**39])
 def test_frequencies(temperature: float, seed: int) -> None:
     """Neighbouring seeds, as a rollout's group has, are as good as independent."""
-    found = draw(LOGITS, 4000, seed, temperature=temperature).bincount(minlength=8)
+    found = draw(LOGITS, 2000, seed, temperature=temperature).bincount(minlength=8)
     assert chi_square(found, (LOGITS / temperature).softmax(-1)) < LIMIT
 
 
@@ -104,8 +104,8 @@ def test_frequencies_along_one_request() -> None:
 def test_nucleus(top_p: float, kept: int) -> None:
     """The fewest tokens whose mass reaches top_p, in their own proportions; log-probabilities of the whole law."""
     probability = torch.tensor([0.30, 0.05, 0.10, 0.25, 0.02, 0.15, 0.03, 0.10])
-    states = [SamplerState(SamplingParams(top_p=top_p, seed=i)) for i in range(3000)]
-    sampled = sample_rows(probability.log().expand(3000, -1), states)
+    states = [SamplerState(SamplingParams(top_p=top_p, seed=i)) for i in range(2000)]
+    sampled = sample_rows(probability.log().expand(2000, -1), states)
     tokens = torch.tensor(sampled.tokens)
     found = tokens.bincount(minlength=8)
     best = probability.argsort(descending=True, stable=True)[:kept]

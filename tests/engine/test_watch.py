@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from typing import Any
 
 import pytest
@@ -343,11 +342,9 @@ def test_work_does_not_grow_with_the_answer(tokenizer: Tokenizer) -> None:
 
     watch = Watch(SamplingParams(4000, stop=("never",), loop_guard=True), Counting(tokenizer.backend))
     generator, totals = random.Random(0), []
-    began = time.process_time()
     for _ in range(3):
         decoded.clear()
         for _ in range(1000):
             watch.push(generator.randrange(tokenizer.vocab_size))
         totals.append(sum(decoded))
-    assert time.process_time() > began
     assert max(totals) < 1.2 * min(totals) and max(totals) < 40_000

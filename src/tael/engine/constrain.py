@@ -125,13 +125,25 @@ def _one_line(error: object) -> str:
 
 
 class Grammar:
-    """A constraint at work on one answer. Stop tokens may follow where the answer is complete, and only there."""
+    """A constraint at work on one answer. Stop tokens may follow where the answer is complete, and only there.
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, stop_ids: Sequence[int], eos_id: int | None) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    Where a grammar turns out too complex in the middle, `fault` says so and only a stop token may follow: one request
+    must not stop the batch it is in.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, known: int, vocab_size: int, stop_ids: Sequence[int], eos_id: int | None
+    ) -> None:
+        """`known`: tokens the matcher's tokenizer has; `vocab_size`: rows of the model's logits."""
+        self._matcher, self._known, self._vocab_size = matcher, known, vocab_size
         self._stop_ids = frozenset(stop_ids)
         self._ends = tuple(i for i in {*stop_ids, eos_id} if i is not None and i < vocab_size)
         self._after = 0  # tokens accepted after those: a stop token, or a draft the grammar does not allow
+
+    @property
+    def fault(self) -> str:
+        """Why the constraint cannot go on, in one line; empty while it can. Rollback does not bring it back."""
+        return _one_line(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     @property
     def is_done(self) -> bool:
@@ -141,18 +153,15 @@ class Grammar:
     @property
     def is_complete(self) -> bool:
         """True when the text so far is an answer in the constraint's form (more may follow unless `is_done`)."""
-        return self._after == 0 and self._matcher.is_accepting()
+        return self._after == 0 and self._matcher.is_accepting() and not self._matcher.is_error()
 
     def mask(self) -> NDArray[np.uint8]:
-        """Which tokens may come next, one bit a token, lowest bit first, [V / 8] rounded up.
-
-        Raises TaelError when the grammar is too complex to go on: the answer cannot be continued then.
-        """
+        """Which tokens may come next, one bit a token, lowest bit first, [V / 8] rounded up."""
         packed = np.zeros(-(-self._vocab_size // 8), dtype=np.uint8)
         if not self.is_done:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-            self._check()
-            packed[: len(bits)] = bits[: len(packed)]
+            if not self._matcher.is_error():
+                packed[: len(bits)] = bits[: len(packed)]
         # What the matcher takes for the end is the tokenizer's token; what ends this answer are its stop tokens.
         ends = self.is_done or self._matcher.is_accepting()
         for token in self._ends:
@@ -176,13 +185,13 @@ class Grammar:
         """May `token` come next?"""
         if token in self._stop_ids:
             return self.is_done or self._matcher.is_accepting()
-        return not self.is_done and token not in self._ends and self._matcher.validate_tokens([token]) == 1
+        known = 0 <= token < self._known and token not in self._ends  # the matcher breaks on ids it does not know
+        return known and not self.is_done and self._matcher.validate_tokens([token]) == 1
 
     def accept(self, token: int) -> None:
         """`token` joins the answer. One that is not allowed (a draft) is held too: after it only a stop token is."""
         if self._after == 0 and token not in self._stop_ids and self.allows(token):
             self._matcher.consume_token(token)
-            self._check()
         else:
             self._after += 1
 
@@ -190,13 +199,8 @@ class Grammar:
         """Take back the last `count` accepted tokens."""
         beyond = min(count, self._after)
         self._after -= beyond
-        if count > beyond:
+        if count > beyond and not self._matcher.is_error():
             self._matcher.rollback(count - beyond)
-            self._check()
-
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise TaelError(f"constraint: cannot go on, simplify it: {_one_line(self._matcher.get_error())}")
 
 
 class ConstraintCompiler:
@@ -224,7 +228,9 @@ class ConstraintCompiler:
             if len(self._compiled) > _CACHED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(constraint)
-        return Grammar(matcher.deep_copy(), self._vocab_size, stop_ids, self._tokenizer.eos_id)
+        return Grammar(
+            matcher.deep_copy(), self._tokenizer.vocab_size, self._vocab_size, stop_ids, self._tokenizer.eos_id
+        )
 
     def _matcher(self, constraint: Constraint) -> LLMatcher:
         import llguidance
