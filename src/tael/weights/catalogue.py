@@ -129,7 +129,7 @@ def _all() -> Iterator[Checkpoint]:
         "V3's architecture, 3B active",
         "MIT",
         "Moonshot AI",
-        15_960_111_936,
+        15_960_108_544,
         31_930_000_000,
         HubOrigin("moonshotai/Moonlight-16B-A3B-Instruct", "4e735b07a89f73647dfab71ab91b840f362ede5b"),
     )

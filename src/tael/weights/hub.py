@@ -14,6 +14,7 @@ import contextlib
 import fnmatch
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -251,9 +252,12 @@ def _silent_bar() -> type:
 
 @contextlib.contextmanager
 def _hub_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """Everything that goes wrong between here and the hub, in a line."""
+    """Everything that goes wrong between here and the hub, in a line; huggingface_hub's own words are left out."""
     from huggingface_hub import errors
 
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     except errors.GatedRepoError:
@@ -272,6 +276,8 @@ def _hub_errors(checkpoint: Checkpoint) -> Iterator[None]:
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")):
             raise
         raise _out_of_reach(checkpoint, error) from None
+    finally:
+        logger.setLevel(level)
 
 
 def _out_of_reach(checkpoint: Checkpoint, error: Exception) -> TaelError:
