@@ -334,33 +334,3 @@ def _top(logprobs: Tensor, count: int) -> list[tuple[int, float]] | None:
         return None
     values, ids = logprobs.topk(min(count, len(logprobs)))
     return list(zip(ids.tolist(), values.tolist(), strict=True))
-
-
-def uniforms(params: list[SamplingParams], steps: int) -> Tensor:
-    """The first numbers of stream 0 of every request, [B, steps] float64."""
-    rows = [np.random.Generator(np.random.Philox(key=p.seed % 2**64)).random(steps) for p in params]
-    return torch.from_numpy(np.stack(rows))
-
-
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a token a row. logits [B, V], temperature, top_p, uniform [B] -> tokens [B], logprobs [B] fp32.
-
-    The log-probability is of the tempered distribution before top-p (of the plain one when greedy): what the trainer
-    computes from the same logits.
-    """
-    greedy = temperature == 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperature).unsqueeze(-1)
-    logprobs = scaled.log_softmax(-1)
-    probabilities = logprobs.exp()
-    if bool((top_p < 1).any()):
-        probabilities = _nucleus(probabilities, top_p)
-    token = torch.where(greedy, logits.argmax(-1), _inverse_transform(probabilities, uniform))
-    return token, logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-
-
-def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """Zero all but the fewest most likely tokens whose mass reaches top_p (Holtzman et al. 2020)."""
-    ordered, index = probabilities.sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    ordered = ordered.masked_fill(before >= top_p.unsqueeze(-1), 0.0)
-    return torch.zeros_like(probabilities).scatter(-1, index, ordered)
