@@ -156,8 +156,11 @@ class BlockManager:
         return block
 
     def _forget(self, block: int) -> None:
-        content = self._content[block]
+        self._hide(block)
         self._content[block] = None
+
+    def _hide(self, block: int) -> None:
+        content = self._content[block]
         if content is not None and block in (bucket := self._index.get(content.key, [])):
             bucket.remove(block)
             if not bucket:
@@ -191,9 +194,9 @@ class BlockManager:
                 self._free.move_to_end(block, last=False)
 
     def retract(self, blocks: Sequence[int]) -> None:
-        """Let nobody find these blocks of a table any more."""
+        """Let nobody find these blocks of a table any more; what they hold is still what others' chains begin with."""
         for block in blocks:
-            self._forget(block)
+            self._hide(block)
 
     def clear(self) -> None:
         """Forget every published prefix that no table uses."""

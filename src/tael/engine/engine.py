@@ -24,13 +24,17 @@ from torch import Tensor
 
 from tael.data import Tokenizer
 from tael.engine.batch import StepBatch
+from tael.engine.constrain import ConstraintCompiler
+from tael.engine.drafting import MtpDrafter
 from tael.engine.params import SamplingParams
 from tael.engine.pool import Pool, make_pool
+from tael.engine.runner import wants_mtp
 from tael.engine.sampling import SamplerState, sample_rows
 from tael.engine.scheduler import Work
 from tael.engine.sequence import Completion, EngineStats, Sequence, TokenEvent, Top
 from tael.engine.settings import EngineSettings
-from tael.engine.watch import Watch, opening
+from tael.engine.speculative import Draft, Drafter, Governor, NgramDrafter, verify
+from tael.engine.watch import Opening, Watch, opening
 from tael.errors import TaelError, did_you_mean
 from tael.model.transformer import Transformer
 
@@ -54,7 +58,23 @@ class Engine:
         self.stats = EngineStats()
         self._arrivals = itertools.count()
         self._events: list[TokenEvent] = []  # made, but not yet handed to who called `step`
-        self._pool = make_pool(model, self.settings, None) if self.settings.sizes_cache else None
+        self._compiler: ConstraintCompiler | None = None
+        self._pool: Pool | None = None
+        self._drafter: Drafter | None = None
+        self._governor = Governor() if self.settings.speculate == "auto" else None
+        if self.settings.sizes_cache:
+            self._open(None)
+
+    def _open(self, wanted: List[int] | None) -> None:
+        """Make the cache, see `make_pool`, and whoever drafts over it."""
+        settings = self.settings
+        self._pool = make_pool(self.model, settings, wanted, self._pool)
+        if settings.speculate == "off":
+            return
+        if wants_mtp(self.model, settings):
+            self._drafter = MtpDrafter(self._pool.runner, len(self.model.mtp), settings.draft_tokens)
+        else:
+            self._drafter = NgramDrafter(settings.draft_tokens)
 
     @property
     def pool(self) -> Pool:
@@ -89,13 +109,28 @@ class Engine:
         watch = Watch(params, self.tokenizer if watched else None, thinking=begins == "thinking")
         return Sequence(len(tokens), tokens, params, next(self._arrivals), state, watch, salt)
 
-    def _sampler(self, tokens: list[int], params: SamplingParams, begins: str) -> SamplerState:
-        return SamplerState(params, tokens, self.model.config.vocab_size)
+    def _sampler(self, tokens: list[int], params: SamplingParams, begins: Opening) -> SamplerState:
+        vocab_size, tokenizer, grammar = self.model.config.vocab_size, self.tokenizer, None
+        if params.constraint is not None and tokenizer is not None:
+            if self._compiler is None:
+                self._compiler = ConstraintCompiler(tokenizer, vocab_size)
+            grammar = self._compiler.compile(params.constraint, params.stop_ids)
+        return SamplerState(
+            params,
+            tokens,
+            vocab_size,
+            grammar,
+            thinking=begins == "thinking",
+            free=begins == "free",
+            think_id=tokenizer.think_id if tokenizer else None,
+            end_think_id=tokenizer.end_think_id if tokenizer else None,
+        )
 
     def _join(self, sequence: Sequence) -> None:
         self.pool.scheduler.add(sequence)
         for token in sequence.watch.forced:
             self._events += self._keep(sequence, token, 0.0, None)
+        self._settle([sequence])
 
     def check_prompt(self, prompt: List[int], max_tokens: int) -> None:
         """Raise TaelError naming what is wrong with a prompt."""
@@ -114,7 +149,7 @@ class Engine:
         """End a request at once; one that is over stays as it is."""
         if sequence.state != "finished":
             sequence.finish_reason = "cancelled"
-            self.pool.scheduler.finish(sequence)
+            self._settle([sequence])
 
     # ------------------------------------------------------------ many requests
 
@@ -211,7 +246,7 @@ class Engine:
             need = sum(sorted((-(-n // size) for n in slots), reverse=True)[: self.settings.max_batch])
             idle = pool is None or not pool.scheduler.busy
             if pool is None or (idle and need > pool.blocks.usable):
-                self._pool = pool = make_pool(self.model, self.settings, None if whole_batch else slots, pool)
+                self._open(None if whole_batch else slots)
         usable = self.pool.blocks.usable * size if slots else 0
         if slots and max(slots) > usable:
             raise TaelError(
@@ -256,24 +291,84 @@ class Engine:
 
     def _advance(self) -> list[TokenEvent]:
         events, self._events = self._events, []
-        began = time.perf_counter()
-        plan = self.pool.scheduler.schedule()
+        began, pool, generated = time.perf_counter(), self.pool, self.stats.generated_tokens
+        plan = pool.scheduler.schedule(self._wanted_drafts)
         if not plan:
             return events
-        parts = [(w.sequence.tokens[w.start : w.stop], w.start, w.sequence.table, w.expanded) for w in plan]
-        batch = StepBatch.build(parts)
-        hidden = self.pool.runner.forward(batch)  # [N, D]
-        for work in plan:
-            self.pool.scheduler.advance(work.sequence, work.stop)
-        sampling = [(work, row) for work, row in zip(plan, batch.last.tolist(), strict=True) if work.samples]
-        if sampling:
-            logits = self.pool.runner.logits(hidden[[row for _, row in sampling]])  # [n, V]
-            events += self._sample([work.sequence for work, _ in sampling], logits)
-        self._count(plan, time.perf_counter() - began)
+        drafts = self._propose(plan)
+        batch = StepBatch.build(
+            [
+                (w.sequence.tokens[w.start : w.stop] + d.tokens, w.start, w.sequence.table, w.expanded)
+                for w, d in zip(plan, drafts, strict=True)
+            ]
+        )
+        hidden = pool.runner.forward(batch)  # [N, D]
+        kept = self._emit(plan, drafts, batch, hidden, events)
+        for work, count in zip(plan, kept, strict=True):
+            pool.scheduler.advance(work.sequence, work.start + count)
+        if self._drafter is not None:
+            starts = batch.starts.tolist()
+            self._drafter.observe(plan, [hidden[s : s + n] for s, n in zip(starts, kept, strict=False)])
+        self._settle([work.sequence for work in plan])
+        self._count(plan, time.perf_counter() - began, self.stats.generated_tokens - generated)
         return events
+
+    def _wanted_drafts(self, sequence: Sequence) -> int:
+        if self._drafter is None or (self._governor is not None and not self._governor.drafting):
+            return 0
+        return self._drafter.most(sequence)
+
+    def _propose(self, plan: list[Work]) -> list[Draft]:
+        works = [work for work in plan if work.drafts]
+        if self._drafter is None or not works:
+            return [Draft()] * len(plan)
+        found = dict(zip(map(id, works), self._drafter.propose(works), strict=True))
+        return [found.get(id(work)) or Draft() for work in plan]
+
+    def _emit(
+        self, plan: list[Work], drafts: list[Draft], batch: StepBatch, hidden: Tensor, events: list[TokenEvent]
+    ) -> list[int]:
+        """Sample and verify; add to `events`, and say how many tokens of each work stay in the cache."""
+        kept = [work.stop - work.start for work in plan]
+        starts = batch.starts.tolist()
+        rows, ends = [], [0]
+        for i, (work, draft) in enumerate(zip(plan, drafts, strict=True)):
+            if work.samples:
+                rows += range(starts[i + 1] - len(draft.tokens) - 1, starts[i + 1])
+            ends.append(len(rows))
+        if not rows:
+            return kept
+        logits = self.pool.runner.logits(hidden[torch.tensor(rows, device=hidden.device)])  # [n, V]
+        plain = [i for i, work in enumerate(plan) if work.samples and not drafts[i].tokens]
+        if plain:
+            part = logits if len(plain) == len(rows) else logits[[ends[i] for i in plain]]
+            events += self._sample([plan[i].sequence for i in plain], part)
+        for i, draft in enumerate(drafts):
+            if draft.tokens:
+                kept[i] += self._verify(plan[i].sequence, draft, logits[ends[i] : ends[i + 1]], events)
+        return kept
+
+    def _verify(self, sequence: Sequence, draft: Draft, logits: Tensor, events: list[TokenEvent]) -> int:
+        """Keep what stands the test, and the token after it; returns how many drafted tokens stay."""
+        accepted = 0
+        try:
+            for found in verify(draft, logits, sequence.sampler):
+                known = len(sequence.tokens)
+                events += self._keep(sequence, found.token, found.logprob, found.top)
+                accepted += found.drafted
+                if sequence.finish_reason is not None or len(sequence.tokens) > known + 1:
+                    break  # over, or the watch has put in a token of its own
+        except TaelError as error:
+            events.append(self._fail(sequence, str(error)))
+        sequence.drafted += len(draft.tokens)
+        sequence.accepted += accepted
+        self.stats.drafted_tokens += len(draft.tokens)
+        self.stats.accepted_tokens += accepted
+        return accepted
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[TokenEvent]:
         """A token a sequence; one whose logits leave none ends by itself."""
+        events: list[TokenEvent] = []
         try:
             sampled = [(sequences, sample_rows(logits, [s.sampler for s in sequences]))]
         except TaelError:
@@ -282,13 +377,11 @@ class Engine:
                 try:
                     sampled.append(([sequence], sample_rows(logits[row : row + 1], [sequence.sampler])))
                 except TaelError as error:
-                    self._events.append(self._fail(sequence, str(error)))
-        return [
-            event
-            for group, found in sampled
-            for sequence, token, logprob, top in zip(group, found.tokens, found.logprobs, found.top, strict=True)
-            for event in self._keep(sequence, token, logprob, top)
-        ]
+                    events.append(self._fail(sequence, str(error)))
+        for group, found in sampled:
+            for sequence, token, logprob, top in zip(group, found.tokens, found.logprobs, found.top, strict=True):
+                events += self._keep(sequence, token, logprob, top)
+        return events
 
     def _keep(self, sequence: Sequence, token: int, logprob: float, top: Top) -> list[TokenEvent]:
         """A token joins the output; more than one event where the watch puts tokens in."""
@@ -304,23 +397,32 @@ class Engine:
             reason, text = "stop", text + sequence.watch.finish()
         if reason is not None:
             sequence.finish_reason, sequence.stop_sequence = reason, seen.stop_sequence
-            self.pool.scheduler.finish(sequence)
         events = [TokenEvent(token, text, logprob, reason, sequence, top)]
         for forced in () if reason is not None else seen.forced:
             events += self._keep(sequence, forced, 0.0, None)
         return events
 
     def _fail(self, sequence: Sequence, error: str) -> TokenEvent:
-        """End one request with an error; its blocks must not be shared, nor leave what is no number behind."""
-        self.pool.discard(sequence.table)
+        """End one request with an error."""
         sequence.finish_reason, sequence.error = "error", error
-        self.pool.scheduler.finish(sequence)
         return TokenEvent(-1, "", 0.0, "error", sequence)
 
-    def _count(self, plan: list[Work], seconds: float) -> None:
+    def _settle(self, sequences: List[Sequence]) -> None:
+        """Those that are over give up their blocks; a failed one's may hold what is no number, for nobody to meet."""
+        for sequence in sequences:
+            if sequence.finish_reason is not None and sequence.state != "finished":
+                if sequence.finish_reason == "error":
+                    self.pool.discard(sequence.table)
+                self.pool.scheduler.finish(sequence)
+                if self._drafter is not None:
+                    self._drafter.forget(sequence)
+
+    def _count(self, plan: list[Work], seconds: float, generated: int) -> None:
         stats = self.stats
         prompt = sum(w.stop - w.start for w in plan if w.expanded)
         total = sum(w.stop - w.start + w.drafts for w in plan)
+        if self._governor is not None and all(w.sequence.generated and not w.expanded for w in plan):
+            self._governor.record(seconds, generated)
         stats.steps += 1
         stats.prompt_tokens += prompt
         stats.cached_tokens += sum(

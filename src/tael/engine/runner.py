@@ -204,4 +204,4 @@ def _native(model: Transformer, settings: EngineSettings, num_blocks: int) -> Ru
         from tael.engine.native import NativeRunner, available  # pyright: ignore
     except ImportError:
         return None
-    return NativeRunner(model, num_blocks, settings.block_size) if available() else None
+    return NativeRunner(model, num_blocks, settings.block_size, release=settings.release) if available() else None
