@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tael.errors import TaelError
 from tael.model.moe import Experts
 from tael.model.transformer import Transformer
 from tael.weights.huggingface import assign, fill, open_folder, present_slots
@@ -56,6 +57,14 @@ class MappedExperts(nn.Module):
             return F.linear(F.silu(gate) * up * weight, self.down[index].dense(rows))
 
         return loop_over_experts(x, gates, choice, apply)
+
+    def expert(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and down of one expert as they lie in the file; raises TaelError for FP8, which has scales."""
+        found = self.gate[index], self.up[index], self.down[index]
+        if any(weight.scale is not None for weight in found):
+            raise TaelError("the C++ operator does not read FP8 experts from the file")
+        gate, up, down = (weight.values for weight in found)
+        return gate, up, down
 
     def extra_repr(self) -> str:
         return f"experts={len(self.gate)}, mapped"

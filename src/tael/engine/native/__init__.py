@@ -9,6 +9,7 @@
 | matrix.h      | packed formats and products: int4, int8, w8a8, fp32, fp16, bf16                        |
 | attention.h   | attention to a paged cache, in chunks of keys                                          |
 | operator.cpp  | whole layers: GQA and MLA (expanded and absorbed), dense and mixture of experts, MTP   |
+| bandwidth.h   | a plain read of memory, as a yardstick                                                 |
 | binding.cpp   | what Python sees                                                                       |
 """
 

@@ -5,6 +5,7 @@
 
 #include <mutex>
 
+#include "bandwidth.h"
 #include "operator.h"
 
 namespace py = pybind11;
@@ -184,6 +185,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pack", &pack_matrix, py::arg("scheme"), py::arg("codes"), py::arg("scales"), py::arg("minimums") = py::none());
   m.def("packed_bytes", &packed_bytes);
   m.def("allocate", &allocate);
+  // GB/s of a plain read by `threads` threads.
+  m.def(
+      "read_bandwidth",
+      [](int threads, int64_t megabytes) {
+        need(threads >= 1 && megabytes >= 1, "threads and megabytes must be 1 or more");
+        return read_bandwidth(threads, megabytes << 20) / 1e9;
+      },
+      py::arg("threads"), py::arg("megabytes") = 512, py::call_guard<py::gil_scoped_release>());
 
   auto shape = py::class_<Shape>(m, "Shape").def(py::init<>());
 #define FIELD(name) shape.def_readwrite(#name, &Shape::name)

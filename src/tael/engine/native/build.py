@@ -62,17 +62,29 @@ def _compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
+@functools.cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+
+
 def _key() -> str:
     digest = hashlib.sha256()
     for path in sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")]):
         digest.update(path.name.encode() + path.read_bytes())
-    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout.split("\n")[0]
-    for part in (version, torch.__version__, sys.version, *FLAGS, *sorted(processor_features())):
+    for part in (_version(_compiler()), torch.__version__, sys.version, *FLAGS, *sorted(processor_features())):
         digest.update(str(part).encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=1)
+def _library() -> Path:
+    return cache_dir() / "native" / f"{NAME}-{_key()}.so"
+
+
+def is_built() -> bool:
+    """Whether the operator can be had without compiling it first."""
+    return obstacle() is None and _library().is_file()
+
+
 def load_operator(notify: Callable[[str], None] | None = None) -> ModuleType:
     """The compiled module; compiled first (about a minute, `notify` is told so in a line) where it is not in the cache.
 
@@ -80,10 +92,15 @@ def load_operator(notify: Callable[[str], None] | None = None) -> ModuleType:
     """
     if found := obstacle():
         raise TaelError(f"the C++ operator needs {found}; without it the engine runs on torch (backend = 'torch')")
-    library = cache_dir() / "native" / f"{NAME}-{_key()}.so"
+    if notify and not _library().is_file():
+        notify("compiling the C++ operator (once, about a minute)")
+    return _load()
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> ModuleType:
+    library = _library()
     if not library.is_file():
-        if notify:
-            notify("compiling the C++ operator (once, about a minute)")
         _build(library)
     return _import(library)
 

@@ -19,8 +19,9 @@ class NativeRunner:
     """See tael.engine.runner.Runner. Every row of a pass is computed by itself, in an order that is always the same:
     its numbers are equal bit for bit whatever else is in the batch.
 
-    cache_dtype None means fp16 for a quantised model and fp32 for any other. Raises TaelError when the operator
-    cannot be built here or the model's shape is not for it.
+    cache_dtype None means fp16 for a quantised model and fp32 for any other. `release` gives up a quantised model's
+    own codes once they are packed, see `native_weights`. Raises TaelError when the operator cannot be built here or the
+    model's shape is not for it.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class NativeRunner:
         mtp: bool = True,
         threads: int | None = None,
         notify: Callable[[str], None] | None = None,
+        release: bool = False,
     ) -> None:
         self.config, self.num_blocks, self.block_size = model.config, num_blocks, block_size
-        held = native_weights(model, load_operator(notify), threads or torch.get_num_threads(), mtp)
-        self._operator, self.model_bytes = held.operator, held.model_bytes
+        held = native_weights(model, load_operator(notify), threads or torch.get_num_threads(), mtp, release)
+        self._operator, self.model_bytes, self.step_bytes = held.operator, held.model_bytes, held.step_bytes
         self._modules = len(model.mtp) if mtp else 0
         dtype = cache_dtype or (torch.float16 if is_quantized(model) else torch.float32)
         layers = self.config.num_hidden_layers + self._modules

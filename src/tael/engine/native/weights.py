@@ -28,27 +28,68 @@ LATENT_EPS = 1e-6
 
 @dataclass
 class NativeWeights:
-    """The operator with a model's weights in it; `bytes` counts what a pass may read, shared memory once."""
+    """The operator with a model's weights in it.
+
+    `model_bytes` counts all that passes may read, shared memory once; `step_bytes` what one token's pass reads: of the
+    experts as many as it is routed to, no row of the embedding, no MTP module.
+    """
 
     operator: Any
     model_bytes: int
+    step_bytes: int
     addresses: tuple[int, ...]
 
 
 _PACKED: weakref.WeakKeyDictionary[Transformer, NativeWeights] = weakref.WeakKeyDictionary()
 
 
-def native_weights(model: Transformer, library: ModuleType, threads: int, mtp: bool = True) -> NativeWeights:
+def native_weights(
+    model: Transformer, library: ModuleType, threads: int, mtp: bool = True, release: bool = False
+) -> NativeWeights:
     """The weights of `model` in the operator; packed at the first call, and again when its tensors are others.
 
-    Raises TaelError when the model's shape is not for the operator.
+    `release` frees the codes of every layer once they are packed, so that the weights are held once (at most a layer
+    twice): only runners of this `mtp` and these `threads` can use the model from then on, and its own `forward`
+    cannot. Raises TaelError when the model's shape is not for the operator, or its codes are gone.
     """
     check_shape(model.config)
-    addresses = (threads, int(mtp), *(t.data_ptr() for t in model.state_dict().values()))
     held = _PACKED.get(model)
-    if held is None or held.addresses != addresses:
-        held = _PACKED[model] = _Builder(model, library, threads, mtp).weights(addresses)
+    if held is None or held.addresses != _addresses(model, threads, mtp):
+        if any(isinstance(m, QuantizedLinear) and not m.codes.numel() for m in model.modules()):
+            raise TaelError("this model's codes were given up for another runner (release); load it anew")
+        held = _PACKED[model] = _Builder(model, library, threads, mtp, release).weights()
+        held.addresses = _addresses(model, threads, mtp)
     return held
+
+
+def _addresses(model: Transformer, threads: int, mtp: bool) -> tuple[int, ...]:
+    return threads, int(mtp), *(t.data_ptr() for t in model.state_dict().values())
+
+
+def _release(module: nn.Module) -> None:
+    """Free the codes below `module`."""
+    for each in module.modules():
+        if isinstance(each, QuantizedLinear | QuantizedEmbedding):
+            each.codes, each.scales = each.codes.new_empty(0), each.scales.new_empty(0)
+        if isinstance(each, QuantizedLinear):
+            each.minimums = None if each.minimums is None else each.minimums.new_empty(0)
+            each._weight = None
+
+
+def check_types(model: Transformer) -> None:
+    """Raise TaelError for experts in a form that the operator does not read."""
+    for block in model.modules():
+        if isinstance(block, Block) and isinstance(block.mlp, MixtureOfExperts):
+            experts = block.mlp.experts
+            if not isinstance(experts, Experts | QuantizedExperts):
+                _views(experts)(0)
+
+
+def _views(experts: nn.Module) -> Any:
+    views = getattr(experts, "expert", None)
+    if views is None:
+        raise TaelError(f"the C++ operator does not know experts of type {type(experts).__name__}")
+    return views
 
 
 def check_shape(config: ModelConfig) -> None:
@@ -65,22 +106,30 @@ def check_shape(config: ModelConfig) -> None:
             raise TaelError("the C++ operator takes up to 64 query heads a key head; use backend = 'torch'")
     for name, width in widths.items():
         if width % 8:
-            raise TaelError(f"the C++ operator needs {name} to be a multiple of 8, not {width}; use backend = 'torch'")
+            raise TaelError(
+                f"the C++ operator needs {name} to be a multiple of 8, not {width}; use backend = 'torch'"
+            )
 
 
 class _Builder:
-    def __init__(self, model: Transformer, library: ModuleType, threads: int, mtp: bool) -> None:
-        self.model, self.library = model, library
-        self.bytes = 0
+    def __init__(self, model: Transformer, library: ModuleType, threads: int, mtp: bool, release: bool) -> None:
+        self.model, self.library, self.release = model, library, release
+        self.bytes = self.idle = 0
+        """Bytes of all weights, and those that one token's pass does not read."""
         self.operator = library.Model(self._shape(model.config), threads)
         self.modules = [m for m in model.mtp if isinstance(m, MTPModule)] if mtp else []
 
-    def weights(self, addresses: tuple[int, ...]) -> NativeWeights:
+    def weights(self) -> NativeWeights:
         model, first = self.model, self.model.config.num_hidden_layers
-        for block in [*model.layers, *(module.block for module in self.modules)]:
-            assert isinstance(block, Block)
+        for block in model.layers:
             self._add_layer(block)
+        main, idle = self.bytes, self.idle
+        for module in self.modules:
+            self._add_layer(module.block)
+        self.idle = idle + self.bytes - main
+        before = self.bytes
         embedding = self._embedding()
+        self.idle += 0 if model.config.tie_word_embeddings else self.bytes - before
         tied = model.config.tie_word_embeddings
         quantised = isinstance(model.embed_tokens, QuantizedEmbedding)
         head = embedding if tied and not quantised else self._matrix(model.lm_head)
@@ -88,6 +137,7 @@ class _Builder:
             embedding = head  # one packed copy serves both
         self.operator.set_ends(embedding, head, _vector(model.norm.weight))
         for index, module in enumerate(self.modules):
+            before = self.bytes
             self.operator.add_draft(
                 _vector(module.enorm.weight),
                 _vector(module.hnorm.weight),
@@ -95,7 +145,10 @@ class _Builder:
                 self._matrix(module.eh_proj),
                 first + index,
             )
-        return NativeWeights(self.operator, self.bytes, addresses)
+            self.idle += self.bytes - before
+        if self.release:
+            _release(model)
+        return NativeWeights(self.operator, self.bytes, self.bytes - self.idle, ())
 
     def _shape(self, config: ModelConfig) -> Any:
         shape = self.library.Shape()
@@ -115,7 +168,8 @@ class _Builder:
             shape.normalises, shape.routed_scale = router.normalises, router.scale
         return shape
 
-    def _add_layer(self, block: Block) -> None:
+    def _add_layer(self, block: nn.Module) -> None:
+        assert isinstance(block, Block)
         layer, attention, mlp = self.library.Layer(), block.self_attn, block.mlp
         vectors = {
             "input_norm": _vector(block.input_layernorm.weight),
@@ -123,7 +177,9 @@ class _Builder:
         }
         layer.o = self._matrix(attention.o_proj)
         if isinstance(attention, GroupedQueryAttention):
-            layer.q, layer.k, layer.v = (self._matrix(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+            layer.q, layer.k, layer.v = (
+                self._matrix(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
         else:
             assert isinstance(attention, MultiHeadLatentAttention)
             vectors |= self._add_latent(layer, attention)
@@ -133,6 +189,8 @@ class _Builder:
         if isinstance(mlp, FeedForward):
             layer.gate, layer.up, layer.down = (self._matrix(m) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         self.operator.add_layer(layer, vectors)
+        if self.release:
+            _release(block)
 
     def _add_latent(self, layer: Any, attention: MultiHeadLatentAttention) -> dict[str, Tensor]:
         vectors = {"kv_norm": _vector(attention.kv_a_layernorm.weight)}
@@ -156,23 +214,26 @@ class _Builder:
         layer.router = self._floats(_vector(mlp.gate.weight), None)
         if hasattr(mlp.gate, "e_score_correction_bias"):
             vectors["router_bias"] = _vector(mlp.gate.e_score_correction_bias)
+        before = self.bytes
         for expert in range(mlp.gate.experts):
             layer.add_expert(*self._expert(mlp.experts, expert))
+        self.idle += (self.bytes - before) * (mlp.gate.experts - mlp.gate.k) // mlp.gate.experts
         return vectors
 
     def _expert(self, experts: nn.Module, index: int) -> tuple[Any, Any, Any]:
         """Gate, up and down of one expert."""
         if isinstance(experts, Experts):
             gate, up = experts.gate_up_proj.detach()[index].chunk(2)
-            return self._floats(gate, None), self._floats(up, None), self._floats(experts.down_proj.detach()[index], None)
+            return (
+                self._floats(gate, None),
+                self._floats(up, None),
+                self._floats(experts.down_proj.detach()[index], None),
+            )
         if isinstance(experts, QuantizedExperts):
             both, half = experts.gate_up.expert(index), experts.gate_up.out_features // 2
             gate, up = (self._packed(both, rows) for rows in (slice(0, half), slice(half, None)))
             return gate, up, self._packed(experts.down.expert(index))
-        views = getattr(experts, "expert", None)
-        if views is None:
-            raise TaelError(f"the C++ operator does not know experts of type {type(experts).__name__}")
-        gate, up, down = views(index)
+        gate, up, down = _views(experts)(index)
         return self._floats(gate, None), self._floats(up, None), self._floats(down, None)
 
     def _matrix(self, module: nn.Module) -> Any:
