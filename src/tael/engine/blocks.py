@@ -194,7 +194,7 @@ class BlockManager:
                 self._free.move_to_end(block, last=False)
 
     def retract(self, blocks: Sequence[int]) -> None:
-        """Let nobody find these blocks of a table any more; what they hold is still what others' chains begin with."""
+        """Let nobody find these blocks of a table any more; others' chains may still begin with them."""
         for block in blocks:
             self._hide(block)
 
