@@ -192,7 +192,9 @@ class Engine:
                     f"unknown sampling option '{name}'{did_you_mean(name, SamplingParams.__dataclass_fields__)}"
                 )
         sequence = self._make(prompt, replace(params or SamplingParams(), **options), None, True)
-        self._provide([sequence.slots, self.model.config.max_position_embeddings])
+        # A cache of no fixed size is made for prompts to come too: those of a growing conversation share what they have.
+        later = [] if self.settings.sizes_cache else [self.model.config.max_position_embeddings]
+        self._provide([sequence.slots, *later])
         self._join(sequence)
         yield from self._run([sequence])
         if sequence.error is not None:
