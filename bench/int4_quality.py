@@ -60,6 +60,7 @@ class Candidate:
     scheme: Scheme
     group: int = 32
     calibrated: bool = False
+    asymmetric: bool = False
 
 
 CANDIDATES = (
@@ -68,6 +69,8 @@ CANDIDATES = (
     Candidate("int4, to nearest, group 32", "int4"),
     Candidate("int4, GPTQ, group 32", "int4", 32, True),
     Candidate("int4, GPTQ, group 64", "int4", 64, True),
+    Candidate("int4 with minimums, to nearest, group 32", "int4", 32, False, True),
+    Candidate("int4 with minimums, GPTQ, group 64", "int4", 64, True, True),
 )
 
 
@@ -131,7 +134,7 @@ def measure(subject: Subject) -> list[list[str]]:
         model = copy.deepcopy(subject.model)
         began = time.perf_counter()
         rows_used = calibration if candidate.calibrated else None
-        report = quantize_model(model, candidate.scheme, candidate.group, calibration=rows_used)
+        report = quantize_model(model, candidate.scheme, candidate.group, None, rows_used, candidate.asymmetric)
         seconds = time.perf_counter() - began
         after = evaluate(model)
         rows.append(

@@ -39,21 +39,23 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def values(codes: Tensor, scales: Tensor, group: int) -> Tensor:
-    return QuantizedLinear("int4", pack_int4(codes), scales, group=group).dequantize()
+def values(found: tuple[Tensor, Tensor, Tensor | None], group: int) -> Tensor:
+    codes, scales, minimums = found
+    return QuantizedLinear("int4", pack_int4(codes), scales, minimums, group=group).dequantize()
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group", [32, 64, 96])
-def test_beats_rounding_to_nearest_on_correlated_inputs(group: int, act_order: bool) -> None:
+def test_beats_rounding_to_nearest_on_correlated_inputs(group: int, act_order: bool, asymmetric: bool) -> None:
     weight, x = normal(40, 192), correlated(600, 192)
-    codes, scales = gptq(weight, x.T @ x, group, act_order=act_order)
-    nearest = QuantizedLinear.from_float(weight, "int4", group).dequantize()
+    found = gptq(weight, x.T @ x, group, act_order=act_order, asymmetric=asymmetric)
+    nearest = QuantizedLinear.from_float(weight, "int4", group, asymmetric).dequantize()
 
-    def error(found: Tensor) -> float:
-        return float(((weight - found) @ x.T).square().sum())
+    def error(rounded: Tensor) -> float:
+        return float(((weight - rounded) @ x.T).square().sum())
 
-    assert error(values(codes, scales, group)) < 0.6 * error(nearest)
+    assert error(values(found, group)) < 0.6 * error(nearest)
 
 
 def test_equals_the_paper_written_out_plainly() -> None:
@@ -71,21 +73,22 @@ def test_equals_the_paper_written_out_plainly() -> None:
         error = (w[:, i] - expected[:, i].double()) / inverse[0, 0]
         w[:, i:] -= error.unsqueeze(1) * inverse[0]
         inverse = (inverse - inverse[:, :1] @ inverse[:1] / inverse[0, 0])[1:, 1:]  # without row and column i
-    codes, scales = gptq(weight.float(), h.float(), group)
-    assert (values(codes, scales, group) - expected).norm() < 0.02 * expected.norm()  # fp32 may tip a code or two
+    assert (
+        values(gptq(weight.float(), h.float(), group), group) - expected
+    ).norm() < 0.02 * expected.norm()  # fp32 may tip a code or two
 
 
 def test_white_inputs_leave_nothing_to_make_up_for() -> None:
     weight = normal(16, 64)
-    codes, scales = gptq(weight, 100 * torch.eye(64), 32)
-    assert torch.equal(values(codes, scales, 32), QuantizedLinear.from_float(weight, "int4").dequantize())
+    assert torch.equal(
+        values(gptq(weight, 100 * torch.eye(64), 32), 32), QuantizedLinear.from_float(weight, "int4").dequantize()
+    )
 
 
 def test_dead_and_degenerate_inputs() -> None:
     weight, x = normal(8, 64), correlated(10, 64)  # fewer tokens than columns
     x[:, 5] = 0
-    codes, scales = gptq(weight, x.T @ x, 32)
-    assert torch.isfinite(values(codes, scales, 32)).all()
+    assert torch.isfinite(values(gptq(weight, x.T @ x, 32), 32)).all()
     with pytest.raises(TaelError, match="not finite or degenerate"):
         gptq(weight, torch.full((64, 64), torch.nan), 32)
 

@@ -312,13 +312,16 @@ def test_not_twice_and_not_saved(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ loading
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("config", [SMALL, TIED, QWEN], ids=["mla-moe-mtp", "tied", "qwen2"])
-def test_loading_quantised_gives_the_bits_of_quantising_what_was_loaded(config: ModelConfig, tmp_path: Path) -> None:
+def test_loading_quantised_gives_the_bits_of_quantising_what_was_loaded(
+    config: ModelConfig, asymmetric: bool, tmp_path: Path
+) -> None:
     save_model(model_of(config), tmp_path / "m", dtype=torch.bfloat16)
     whole = load_model(tmp_path / "m")
-    expected_report = quantize_model(whole, "int4")
+    expected_report = quantize_model(whole, "int4", asymmetric=asymmetric)
     lines: list[str] = []
-    read, report = load_quantized(tmp_path / "m", "int4", progress=lines.append)
+    read, report = load_quantized(tmp_path / "m", "int4", asymmetric=asymmetric, progress=lines.append)
     expected, state = whole.state_dict(), read.state_dict()
     assert expected.keys() == state.keys()
     assert all(torch.equal(expected[name], state[name]) for name in expected)

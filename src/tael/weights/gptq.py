@@ -26,7 +26,7 @@ from tael.model.mtp import MTPModule
 from tael.model.rope import make_rope
 from tael.model.transformer import Block, Transformer
 from tael.weights.quantized import QuantizedExperts, QuantizedLinear
-from tael.weights.rounding import int4_codes, int4_scales, pack_int4
+from tael.weights.rounding import int4_codes, int4_ranges, int4_scales, pack_int4
 
 LAZY_BLOCK = 128
 """Columns whose corrections are collected before the rest of the matrix is touched (algorithm 1's B)."""
@@ -71,13 +71,20 @@ def calibration_rows(tokenizer: Tokenizer, documents: Iterable[Document], rows: 
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, group: int, *, act_order: bool = False, damping: float = DAMPING
-) -> tuple[Tensor, Tensor]:
-    """Symmetric int4 of weight [out, in] under hessian [in, in] = X X^T.
+    weight: Tensor,
+    hessian: Tensor,
+    group: int,
+    *,
+    asymmetric: bool = False,
+    act_order: bool = False,
+    damping: float = DAMPING,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """int4 of weight [out, in] under hessian [in, in] = X X^T.
 
-    Returns codes uint8 [out, in] in 0..15 and scales fp16 [out, in/group]. A group's scales are chosen when its turn
-    comes, from weights that already make up for earlier columns; with `act_order` columns go by falling H[i, i] and
-    all scales are chosen at the start. Raises TaelError when no damping makes the Hessian positive definite.
+    Returns codes uint8 [out, in] in 0..15, scales and (asymmetric) minimums fp16 [out, in/group]. A group's scales
+    are chosen when its turn comes, from weights that already make up for earlier columns; with `act_order` columns go
+    by falling H[i, i] and all scales are chosen at the start. Raises TaelError when no damping makes the Hessian
+    positive definite.
     """
     w = weight.detach().float().clone()
     h = hessian.float().clone()
@@ -87,8 +94,16 @@ def gptq(
     columns = w.shape[1]
     order = importance.argsort(descending=True) if act_order else torch.arange(columns, device=w.device)
     scales = torch.empty(w.shape[0], columns // group, dtype=torch.float16, device=w.device)
+    minimums = torch.empty_like(scales) if asymmetric else None
+
+    def choose(groups: Tensor, importance: Tensor, where: slice) -> None:
+        if minimums is None:
+            scales[:, where] = int4_scales(groups, importance)
+        else:
+            scales[:, where], minimums[:, where] = int4_ranges(groups, importance)
+
     if act_order:
-        scales.copy_(int4_scales(w.unflatten(1, (-1, group)), importance.view(-1, group)))
+        choose(w.unflatten(1, (-1, group)), importance.view(-1, group), slice(None))
         w, h = w[:, order], h[order][:, order]
     factor = _inverse_factor(h, damping)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
@@ -99,16 +114,19 @@ def gptq(
         part = w[:, start:end]  # a view: corrections within the block show at once
         for i in range(start, end):
             if not act_order and i % group == 0:
-                scales[:, i // group] = int4_scales(w[:, i : i + group], importance[i : i + group])
+                part_of = slice(i // group, i // group + 1)
+                choose(w[:, i : i + group].unsqueeze(1), importance[i : i + group], part_of)
             column = part[:, i - start]
-            scale = scales[:, int(order[i]) // group]
-            code = int4_codes(column.unsqueeze(-1), scale).squeeze(-1)
+            which = int(order[i]) // group
+            scale, minimum = scales[:, which], None if minimums is None else minimums[:, which]
+            code = int4_codes(column.unsqueeze(-1), scale, minimum).squeeze(-1)
             codes[:, i] = code
-            error = (column - (code - 8) * scale.float()) / factor[i, i]
+            value = (code - 8) * scale.float() if minimum is None else code * scale.float() + minimum.float()
+            error = (column - value) / factor[i, i]
             errors[:, i - start] = error
             part[:, i - start :].addr_(error, factor[i, i:end], alpha=-1)
         w[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return codes[:, order.argsort()] if act_order else codes, scales
+    return codes[:, order.argsort()] if act_order else codes, scales, minimums
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -125,9 +143,17 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     raise TaelError("calibration: a layer's inputs are not finite or degenerate; take other or more calibration text")
 
 
-def _linear(weight: Tensor, hessian: Tensor, group: int, bias: Tensor | None) -> QuantizedLinear:
-    codes, scales = gptq(weight, hessian, group)
-    return QuantizedLinear("int4", pack_int4(codes), scales, None, bias, group)
+@dataclass(frozen=True)
+class Grid:
+    """What int4 layers are rounded to."""
+
+    group: int = 32
+    asymmetric: bool = False
+
+    def linear(self, weight: Tensor, hessian: Tensor, bias: Tensor | None = None) -> QuantizedLinear:
+        """`weight` rounded under `hessian`."""
+        codes, scales, minimums = gptq(weight, hessian, self.group, asymmetric=self.asymmetric)
+        return QuantizedLinear("int4", pack_int4(codes), scales, minimums, bias, self.group)
 
 
 # ------------------------------------------------------------------ a whole model
@@ -137,7 +163,7 @@ def _linear(weight: Tensor, hessian: Tensor, group: int, bias: Tensor | None) ->
 def gptq_layers(
     model: Transformer,
     names: set[str],
-    group: int,
+    grid: Grid,
     rows: Tensor,
     quantise: Callable[[Transformer, str], None],
     done: Calibrated,
@@ -153,7 +179,7 @@ def gptq_layers(
     hidden = model.embed_tokens(rows)  # [R, T, D]
     for index, block in enumerate(model.layers):
         assert isinstance(block, Block)
-        hidden = _Walk(model, f"layers.{index}", names, group, quantise, done).block(block, hidden)
+        hidden = _Walk(model, f"layers.{index}", names, grid, quantise, done).block(block, hidden)
         yield f"layers.{index}"
     hidden = model.norm(hidden)
     for depth, module in enumerate(model.mtp, start=1):
@@ -161,9 +187,9 @@ def gptq_layers(
         name = f"mtp.{depth - 1}"
         following = model.embed_tokens(rows[:, depth:])  # [R, T - depth, D]
         hidden = hidden[:, : following.shape[1]]
-        _Walk(model, name, names, group, quantise, done).projection(module, hidden, following)
+        _Walk(model, name, names, grid, quantise, done).projection(module, hidden, following)
         joined = module.join(hidden, following)
-        walk = _Walk(model, f"{name}.block", names, group, quantise, done)
+        walk = _Walk(model, f"{name}.block", names, grid, quantise, done)
         hidden = module.norm(walk.block(module.block, joined))
         yield name
     quantise(model, "lm_head")
@@ -177,11 +203,11 @@ class _Walk:
         model: Transformer,
         prefix: str,
         names: set[str],
-        group: int,
+        grid: Grid,
         quantise: Callable[[Transformer, str], None],
         done: Calibrated,
     ) -> None:
-        self.model, self.prefix, self.group, self.quantise, self.done = model, prefix, group, quantise, done
+        self.model, self.prefix, self.grid, self.quantise, self.done = model, prefix, grid, quantise, done
         self.names = [name for name in names if name.startswith(f"{prefix}.")]
         self.hessians: dict[str, Tensor] = {}
         self.routed: dict[str, list[tuple[Tensor, ...]]] = {}
@@ -230,7 +256,7 @@ class _Walk:
 
     def _replace(self, name: str, module: nn.Module, hessian: Tensor) -> None:
         assert isinstance(module, nn.Linear)
-        self.model.set_submodule(name, _linear(module.weight, hessian, self.group, module.bias))
+        self.model.set_submodule(name, self.grid.linear(module.weight, hessian, module.bias))
         self.done.matrices += 1
 
     def _experts(self, experts: Experts, routed: list[tuple[Tensor, ...]]) -> QuantizedExperts:
@@ -249,9 +275,9 @@ class _Walk:
     def _expert(self, weight: Tensor, x: Tensor) -> QuantizedLinear:
         if len(x) < ENOUGH * weight.shape[1]:
             self.done.sparse += 1
-            return QuantizedLinear.from_float(weight, "int4", self.group)
+            return QuantizedLinear.from_float(weight, "int4", self.grid.group, self.grid.asymmetric)
         self.done.matrices += 1
-        return _linear(weight, _gram(x), self.group, None)
+        return self.grid.linear(weight, _gram(x))
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -263,4 +289,5 @@ def _gram(x: Tensor) -> Tensor:
 def _stack(layers: list[QuantizedLinear]) -> QuantizedLinear:
     first = layers[0]
     codes, scales = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("codes", "scales"))
-    return QuantizedLinear(first.scheme, codes, scales, None, None, first.group)
+    low = [layer.minimums for layer in layers if layer.minimums is not None]
+    return QuantizedLinear(first.scheme, codes, scales, torch.stack(low) if low else None, None, first.group)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tael.model.moe import Experts
 from tael.model.transformer import Transformer
+from tael.weights.gptq import Grid
 from tael.weights.huggingface import assign, fill, open_folder, present_slots
 from tael.weights.quantize import (
     Progress,
@@ -35,6 +36,7 @@ def load_quantized(
     scheme: Scheme,
     group: int = 32,
     mixed: Mapping[str, str] | None = None,
+    asymmetric: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
@@ -51,7 +53,7 @@ def load_quantized(
     expected = model.state_dict()
     order = list(present_slots(model, files))  # of the float model: its names are the folder's
     state: dict[str, Tensor] = {}
-    places = _empty(model, plan, group, device)
+    places = _empty(model, plan, Grid(group, asymmetric), device)
     layer = ""
     for slot in order:
         tensor = files.read(slot.name)
@@ -74,7 +76,7 @@ def _layer_of(parameter: str) -> str:
 
 
 def _empty(
-    model: Transformer, plan: list[Target], group: int, device: torch.device
+    model: Transformer, plan: list[Target], grid: Grid, device: torch.device
 ) -> dict[str, QuantizedLinear | QuantizedEmbedding]:
     """Put quantised modules with room for their codes into `model`; returns them by the parameter they stand for."""
     places: dict[str, QuantizedLinear | QuantizedEmbedding] = {}
@@ -83,35 +85,38 @@ def _empty(
             continue
         old = model.get_submodule(name)
         if isinstance(old, Experts):
-            up, down = (_room(w, scheme, group, device) for w in (old.gate_up_proj, old.down_proj))
+            up, down = (_room(w, scheme, grid, device) for w in (old.gate_up_proj, old.down_proj))
             places[f"{name}.gate_up_proj"], places[f"{name}.down_proj"] = up, down
             new: nn.Module = QuantizedExperts(up, down)
         elif isinstance(old, nn.Embedding):
-            room = _room(old.weight, "int8", group, device)
-            new = places[f"{name}.weight"] = QuantizedEmbedding(room.codes, room.scales, group, old.weight.dtype)
+            room = _room(old.weight, "int8", grid, device)
+            new = places[f"{name}.weight"] = QuantizedEmbedding(room.codes, room.scales, grid.group, old.weight.dtype)
         elif name == "lm_head" and model.config.tie_word_embeddings:
             assert isinstance(model.embed_tokens, QuantizedEmbedding)
             new = model.embed_tokens.head(scheme)
         else:
             assert isinstance(old, nn.Linear)
-            new = places[f"{name}.weight"] = _room(old.weight, scheme, group, device, old.bias)
+            new = places[f"{name}.weight"] = _room(old.weight, scheme, grid, device, old.bias)
         model.set_submodule(name, new)
     return places
 
 
 def _room(
-    weight: Tensor, scheme: Scheme, group: int, device: torch.device, bias: Tensor | None = None
+    weight: Tensor, scheme: Scheme, grid: Grid, device: torch.device, bias: Tensor | None = None
 ) -> QuantizedLinear:
     """A layer with uninitialised codes for `weight` [.., out, in]; the bias stays where it is, to be assigned."""
     columns = weight.shape[-1]
     kind, width = (torch.uint8, columns // 2) if scheme == "int4" else (torch.int8, columns)
     codes = torch.empty(*weight.shape[:-1], width, dtype=kind, device=device)
-    scales = torch.empty(*weight.shape[:-1], columns // group, dtype=torch.float16, device=device)
-    return QuantizedLinear(scheme, codes, scales, None, bias, group)
+    scales = torch.empty(*weight.shape[:-1], columns // grid.group, dtype=torch.float16, device=device)
+    minimums = torch.empty_like(scales) if grid.asymmetric and scheme == "int4" else None
+    return QuantizedLinear(scheme, codes, scales, minimums, bias, grid.group)
 
 
 def _fill_codes(place: QuantizedLinear | QuantizedEmbedding, part: tuple[int | slice, ...], tensor: Tensor) -> None:
     scheme = place.scheme if isinstance(place, QuantizedLinear) else "int8"
-    rounded = QuantizedLinear.from_float(tensor, scheme, place.group)
-    for kept, new in ((place.codes, rounded.codes), (place.scales, rounded.scales)):
+    asymmetric = isinstance(place, QuantizedLinear) and place.minimums is not None
+    rounded = QuantizedLinear.from_float(tensor, scheme, place.group, asymmetric)
+    for name, new in rounded.named_buffers():
+        kept = getattr(place, name)
         (kept[part] if part else kept).copy_(new)
