@@ -129,9 +129,9 @@ def quantize_model(
     """Replace the weights of `model` by quantised modules, in place; a float weight is freed once it is replaced.
 
     `calibration` [rows, length] int64: token ids (`tael.weights.gptq.calibration_rows`) on which int4 layers are
-    rounded by GPTQ; None rounds to nearest. `asymmetric` gives int4 layers minimums: half a bit a weight more at group
-    32, and less error. `progress` is told a line a layer. Raises TaelError for an unknown scheme or layer type, a model
-    quantised already, a weight that is not finite, and calibration without an int4 layer.
+    rounded by GPTQ; None rounds to nearest. `asymmetric` gives int4 layers minimums, half a bit a weight more at
+    group 32, for less error. `progress` is told a line a layer. Raises TaelError for an unknown scheme or layer type,
+    a model quantised already, a weight that is not finite, and calibration without an int4 layer.
     """
     plan = targets(model, scheme, group, mixed)
     tally = Tally(model, plan)
