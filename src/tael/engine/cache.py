@@ -75,13 +75,15 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class Window:
     """What the tokens of a group [B, T] write and see.
 
-    write [B T]: flat slots (block x block_size + place) of the new entries, somewhere in block 0 for padding;
-    tables [B, W]: the blocks that hold the S slots to be read; mask [B, 1, T, S]. `fresh`: nothing stands before the
-    new tokens, which then see one another causally and need not read the cache. `stride`: the tables are ranges, that
-    many blocks apart, from `first_block` on.
+    write [N]: flat slots (block x block_size + place) of the new entries; real [N]: which of the B T tokens they are,
+    None where none is padding (whose entries are not kept: they may be of a sequence gone wrong, and tables end in
+    block 0); tables [B, W]: the blocks that hold the S slots to be read; mask [B, 1, T, S]. `fresh`: nothing stands
+    before the new tokens, which then see one another causally and need not read the cache. `stride`: the tables are
+    ranges, that many blocks apart, from `first_block` on.
     """
 
     write: Tensor
+    real: Tensor | None
     tables: Tensor
     mask: Tensor | None
     seen: int
@@ -107,7 +109,8 @@ class Window:
         real = place < lengths.unsqueeze(-1)  # [B, T]
         slot = positions.masked_fill(~real, 0)
         block = tables.gather(1, slot // size)
-        write = (block * size + slot % size).masked_fill_(~real, 0).flatten()
+        write = (block * size + slot % size)[real]
+        places = None if len(write) == real.numel() else real.flatten().nonzero().flatten().to(device)
         fresh = bool((positions[:, 0] == first_key).all())
         seen = int((positions[:, 0] + lengths).max())
         tables = tables[:, : -(-seen // size)]
@@ -120,7 +123,7 @@ class Window:
             mask = mask.unsqueeze(1)
         stride = None if fresh else _spacing(tables)
         first = int(tables[0, 0])
-        return cls(write.to(device), tables.to(device), mask, seen, absorbed, fresh, stride, first)
+        return cls(write.to(device), places, tables.to(device), mask, seen, absorbed, fresh, stride, first)
 
 
 def _spacing(tables: Tensor) -> int | None:
@@ -147,7 +150,8 @@ class LayerView:
     def append(self, entry: Tensor) -> tuple[Tensor, Tensor | None]:
         """Write entry [B, T, width]; return what its tokens may see. Numbers pass through the cache's precision."""
         kept = entry.to(self._layer.dtype)
-        self._layer.view(-1, self._cache.width).index_copy_(0, self._window.write, kept.flatten(0, 1))
+        new = kept.flatten(0, 1) if self._window.real is None else kept.flatten(0, 1)[self._window.real]
+        self._layer.view(-1, self._cache.width).index_copy_(0, self._window.write, new)
         if not self._window.fresh:
             kept = self._cache.gather(self._layer, self._window)
         return kept.to(entry.dtype), self._window.mask

@@ -17,10 +17,11 @@ from torch import Tensor
 from tael.engine.batch import StepBatch
 from tael.engine.filters import draw
 from tael.engine.runner import Runner
-from tael.engine.sampling import DRAFT, distribution
+from tael.engine.sampling import DRAFT, distribution, sample_rows
 from tael.engine.scheduler import Work
 from tael.engine.sequence import Sequence as Request
 from tael.engine.speculative import Draft
+from tael.errors import TaelError
 
 MOST_PENDING = 64
 """States a sequence may keep while nothing is drafted; then the modules catch up."""
@@ -163,7 +164,9 @@ class MtpDrafter:
         ahead: list[list[Tensor]] = [[] for _ in works]  # states [1, D] of drafted slots, by the last module run
         newest: list[Tensor] = [torch.empty(0) for _ in works]  # state [1, D] that knows the newest token
         for depth in range(1, max((w.drafts for w in works), default=0) + 1):
-            going = [i for i, w in enumerate(works) if w.drafts >= depth]
+            going = [i for i, w in enumerate(works) if w.drafts >= depth and len(drafts[i].tokens) == depth - 1]
+            if not going:
+                break
             module = min(depth, self._modules)
             parts: list[_Part] = []
             settled: list[int] = []
@@ -191,12 +194,15 @@ class MtpDrafter:
         return drafts
 
     def _draw(self, sequence: Request, logits: Tensor, draft: Draft) -> None:
-        state = sequence.sampler
-        law = distribution(logits, state)
-        if state.params.is_greedy:
-            token, kept = int(law.argmax()), None
-        else:
-            token, kept = draw(None, law.cpu().numpy(), state.uniform(state.index, DRAFT)), law
+        state, law = sequence.sampler, None
+        try:
+            if state.params.is_greedy:
+                token = sample_rows(logits.unsqueeze(0), [state]).tokens[0]
+            else:
+                law = distribution(logits, state)
+                token = draw(None, law.cpu().numpy(), state.uniform(state.index, DRAFT))
+        except TaelError:
+            return  # no token is left to choose: the main model's own logits will tell
         draft.tokens.append(token)
-        draft.laws.append(kept)
+        draft.laws.append(law)
         state.accept(token)

@@ -27,10 +27,11 @@ from tael.engine.batch import StepBatch
 from tael.engine.constrain import ConstraintCompiler
 from tael.engine.drafting import MtpDrafter
 from tael.engine.params import SamplingParams
-from tael.engine.pool import Pool, make_pool
+from tael.engine.pool import Pool, fitting_size, make_pool, set_size
 from tael.engine.runner import wants_mtp
 from tael.engine.sampling import SamplerState, sample_rows
 from tael.engine.scheduler import Work
+from tael.engine.scoring import score
 from tael.engine.sequence import Completion, EngineStats, Sequence, TokenEvent, Top
 from tael.engine.settings import EngineSettings
 from tael.engine.speculative import Draft, Drafter, Governor, NgramDrafter, verify
@@ -63,12 +64,12 @@ class Engine:
         self._drafter: Drafter | None = None
         self._governor = Governor() if self.settings.speculate == "auto" else None
         if self.settings.sizes_cache:
-            self._open(None)
+            self._open(set_size(model, self.settings))
 
-    def _open(self, wanted: List[int] | None) -> None:
-        """Make the cache, see `make_pool`, and whoever drafts over it."""
+    def _open(self, blocks: int) -> None:
+        """Make a cache of `blocks` blocks, and whoever drafts over it."""
         settings = self.settings
-        self._pool = make_pool(self.model, settings, wanted, self._pool)
+        self._pool = make_pool(self.model, settings, blocks, self._pool)
         if settings.speculate == "off":
             return
         if wants_mtp(self.model, settings):
@@ -80,9 +81,7 @@ class Engine:
     def pool(self) -> Pool:
         """The cache and who runs on it; there is one once there has been a request."""
         if self._pool is None:
-            raise TaelError(
-                "this engine has had no request yet, so it has no cache; give cache_tokens for one at once"
-            )
+            raise TaelError("this engine has had no request yet and has no cache; set cache_tokens for one at once")
         return self._pool
 
     # ------------------------------------------------------------- one request
@@ -96,7 +95,8 @@ class Engine:
         TaelError, and changes nothing, for a prompt or parameters that cannot be served.
         """
         sequence = self._make(prompt, params, salt, text)
-        self._provide([sequence.slots], whole_batch=True)
+        context = self.model.config.max_position_embeddings
+        self._provide([sequence.slots], [context] * self.settings.max_batch)
         self._join(sequence)
         return sequence
 
@@ -146,7 +146,7 @@ class Engine:
             )
 
     def cancel(self, sequence: Sequence) -> None:
-        """End a request at once; one that is over stays as it is."""
+        """End a request at once, without an event; one that is over stays as it is."""
         if sequence.state != "finished":
             sequence.finish_reason = "cancelled"
             self._settle([sequence])
@@ -192,9 +192,8 @@ class Engine:
                     f"unknown sampling option '{name}'{did_you_mean(name, SamplingParams.__dataclass_fields__)}"
                 )
         sequence = self._make(prompt, replace(params or SamplingParams(), **options), None, True)
-        # A cache of no fixed size is made for prompts to come too: those of a growing conversation share what they have.
-        later = [] if self.settings.sizes_cache else [self.model.config.max_position_embeddings]
-        self._provide([sequence.slots, *later])
+        # A cache of no fixed size is made for prompts to come too: turns of a conversation share its beginning.
+        self._provide([sequence.slots], [self.model.config.max_position_embeddings])
         self._join(sequence)
         yield from self._run([sequence])
         if sequence.error is not None:
@@ -225,60 +224,27 @@ class Engine:
         """
         for prompt in prompts:
             self.check_prompt(prompt, 0)
-        lengths = [len(prompt) - 1 for prompt in prompts]
-        self._provide([n for n in lengths if n])
-        results: list[Tensor] = [torch.empty(0) for _ in prompts]
-        rows = [i for i, n in enumerate(lengths) if n]
-        while rows:
-            taken = 1
-            while taken < len(rows) and self._fits([lengths[i] for i in rows[: taken + 1]]):
-                taken += 1
-            part, rows = rows[:taken], rows[taken:]
-            for i, found in zip(part, self._score([prompts[i] for i in part], temperature), strict=True):
-                results[i] = found
-        return results
+        if not any(len(prompt) > 1 for prompt in prompts):
+            return [torch.empty(0) for _ in prompts]
+        self._provide([len(prompt) - 1 for prompt in prompts])
+        return score(self.pool, prompts, temperature, self.settings.token_budget)
 
-    def _provide(self, slots: List[int], whole_batch: bool = False) -> None:
-        """A cache in which sequences of `slots` each fit one by one; made now if there is none, or none large enough.
+    def _provide(self, slots: List[int], wished: List[int] | None = None) -> None:
+        """See to a cache in which a sequence of any of `slots` fits, and `wished` (None: all of them) together.
 
-        `whole_batch`: who asks may go on to ask for as many as may run at a time.
+        A cache of no fixed size is made now if there is none, or made anew while it is idle and too small.
         """
-        size, pool = self.settings.block_size, self._pool
-        if not self.settings.sizes_cache and slots:
-            need = sum(sorted((-(-n // size) for n in slots), reverse=True)[: self.settings.max_batch])
-            idle = pool is None or not pool.scheduler.busy
-            if pool is None or (idle and need > pool.blocks.usable):
-                self._open(None if whole_batch else slots)
-        usable = self.pool.blocks.usable * size if slots else 0
-        if slots and max(slots) > usable:
+        model, settings, pool = self.model, self.settings, self._pool
+        if not settings.sizes_cache and (pool is None or not pool.scheduler.busy):
+            blocks = fitting_size(model, settings, max(slots), slots if wished is None else wished)
+            if pool is None or blocks > pool.blocks.num_blocks:
+                self._open(blocks)
+        usable = self.pool.blocks.usable * settings.block_size
+        if max(slots) > usable:
             raise TaelError(
                 f"a request of {max(slots)} tokens (prompt and max_tokens) can never fit the cache of {usable}; "
                 "shorten it or raise cache_tokens"
             )
-
-    def _fits(self, lengths: list[int]) -> bool:
-        blocks = self.pool.blocks
-        enough = sum(map(blocks.blocks_for, lengths)) <= blocks.available
-        return enough and sum(lengths) <= self.settings.token_budget
-
-    def _score(self, prompts: list[List[int]], temperature: float) -> list[Tensor]:
-        tables: list[list[int]] = []
-        try:
-            for prompt in prompts:
-                need = self.pool.blocks.blocks_for(len(prompt) - 1)
-                if need > self.pool.blocks.available:
-                    raise TaelError("the cache is full of running requests; score when some have finished")
-                tables.append(self.pool.blocks.allocate(need))
-            batch = StepBatch.build([(p[:-1], 0, t, True) for p, t in zip(prompts, tables, strict=True)])
-            logits = self.pool.runner.logits(self.pool.runner.forward(batch))  # [N, V]
-        finally:
-            for table in tables:
-                self.pool.blocks.release(table)
-        if temperature != 1.0:
-            logits = logits / temperature
-        targets = torch.tensor([token for prompt in prompts for token in prompt[1:]], device=logits.device)
-        found = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        return list(found.split([len(prompt) - 1 for prompt in prompts]))
 
     # -------------------------------------------------------------------- steps
 
@@ -298,12 +264,9 @@ class Engine:
         if not plan:
             return events
         drafts = self._propose(plan)
-        batch = StepBatch.build(
-            [
-                (w.sequence.tokens[w.start : w.stop] + d.tokens, w.start, w.sequence.table, w.expanded)
-                for w, d in zip(plan, drafts, strict=True)
-            ]
-        )
+        tokens = [w.sequence.tokens[w.start : w.stop] + d.tokens for w, d in zip(plan, drafts, strict=True)]
+        parts = [(t, w.start, w.sequence.table, w.expanded) for t, w in zip(tokens, plan, strict=True)]
+        batch = StepBatch.build(parts)
         hidden = pool.runner.forward(batch)  # [N, D]
         kept = self._emit(plan, drafts, batch, hidden, events)
         for work, count in zip(plan, kept, strict=True):
@@ -427,11 +390,8 @@ class Engine:
             self._governor.record(seconds, generated)
         stats.steps += 1
         stats.prompt_tokens += prompt
-        stats.cached_tokens += sum(
-            w.sequence.cached
-            for w in plan
-            if w.start == w.sequence.cached and w.expanded and not w.sequence.preemptions
-        )
+        first = [w.sequence for w in plan if w.expanded and w.start == w.sequence.cached]
+        stats.cached_tokens += sum(s.cached for s in first if not s.preemptions)
         stats.preemptions = self.pool.scheduler.preemptions
         stats.prefill_seconds += seconds * prompt / total
         stats.decode_seconds += seconds * (1 - prompt / total)

@@ -36,44 +36,53 @@ class Pool:
             erase(own)
 
 
-def make_pool(
-    model: Transformer, settings: EngineSettings, wanted: List[int] | None, before: Pool | None = None
-) -> Pool:
-    """A pool of the size the settings name, or else large enough for sequences of `wanted` slots at a time.
-
-    `wanted` None: for max_batch sequences of the model's whole context. Raises TaelError for a cache that is larger
-    than the free memory.
-    """
-    size = settings.block_size
-    block_bytes = size * bytes_a_slot(model, settings)
-    free = free_memory(model)
-    if settings.sizes_cache:
-        blocks = (settings.cache_tokens or 0) // size or (settings.cache_bytes or 0) // block_bytes
-        blocks += settings.cache_tokens is not None  # the reserved one comes on top of what was asked for
-        if blocks < 2:
-            raise TaelError(
-                f"engine: cache_bytes {settings.cache_bytes} is less than two blocks of {block_bytes} bytes"
-            )
-        if blocks * block_bytes > free:
-            raise TaelError(
-                f"engine: a cache of {blocks * size:,} tokens takes {_gigabytes(blocks * block_bytes)}, but "
-                f"{_gigabytes(free)} are free; lower cache_tokens or max_batch"
-            )
-    else:
-        each = [-(-n // size) for n in wanted] if wanted else [-(-model.config.max_position_embeddings // size)]
-        each = sorted(each, reverse=True)[: settings.max_batch] if wanted else each * settings.max_batch
-        # A block a sequence more than they need: admission keeps one for each that runs.
-        blocks = min(sum(each) + len(each) + 1, max(int(free * SHARE) // block_bytes, each[0] + 1))
-        if blocks * block_bytes > free:
-            raise TaelError(
-                f"engine: a sequence of {each[0] * size:,} tokens takes {_gigabytes(blocks * block_bytes)} of cache, "
-                f"but {_gigabytes(free)} are free; shorten the prompt or lower max_tokens"
-            )
-    manager = BlockManager(blocks, size)
+def make_pool(model: Transformer, settings: EngineSettings, blocks: int, before: Pool | None = None) -> Pool:
+    """A pool of `blocks` blocks; it goes on counting where the one `before` it stopped."""
+    manager = BlockManager(blocks, settings.block_size)
     scheduler = Scheduler(manager, settings.max_batch, settings.token_budget, settings.prefix_cache)
     if before is not None:
         scheduler.preemptions = before.scheduler.preemptions
     return Pool(make_runner(model, settings, blocks), manager, scheduler)
+
+
+def set_size(model: Transformer, settings: EngineSettings) -> int:
+    """Blocks of the cache that the settings name; raises TaelError for one larger than the free memory."""
+    size, block_bytes, free = (
+        settings.block_size,
+        settings.block_size * bytes_a_slot(model, settings),
+        free_memory(model),
+    )
+    if settings.cache_tokens is not None:
+        blocks = settings.cache_tokens // size + 1  # the reserved one comes on top of what was asked for
+    else:
+        blocks = (settings.cache_bytes or 0) // block_bytes
+    if blocks < 2:
+        raise TaelError(f"engine: cache_bytes {settings.cache_bytes} is less than two blocks of {block_bytes} bytes")
+    if blocks * block_bytes > free:
+        raise TaelError(
+            f"engine: a cache of {blocks * size:,} tokens takes {_gigabytes(blocks * block_bytes)}, but "
+            f"{_gigabytes(free)} are free; lower cache_tokens or max_batch"
+        )
+    return blocks
+
+
+def fitting_size(model: Transformer, settings: EngineSettings, needed: int, wished: List[int]) -> int:
+    """Blocks of a cache whose size nobody has set: for sequences of `wished` slots, of which max_batch run at a time,
+    within SHARE of the free memory; for one of `needed` slots in any case, or TaelError where that does not fit."""
+    size, block_bytes, free = (
+        settings.block_size,
+        settings.block_size * bytes_a_slot(model, settings),
+        free_memory(model),
+    )
+    each = sorted((-(-n // size) for n in wished), reverse=True)[: settings.max_batch]
+    least = -(-needed // size) + 1
+    if least * block_bytes > free:
+        raise TaelError(
+            f"engine: a request of {needed:,} tokens takes {_gigabytes(least * block_bytes)} of cache, but "
+            f"{_gigabytes(free)} are free; shorten the prompt or lower max_tokens"
+        )
+    # A block a sequence more than they need: admission keeps one for each that runs.
+    return max(least, min(sum(each) + len(each) + 1, int(free * SHARE) // block_bytes))
 
 
 def bytes_a_slot(model: Transformer, settings: EngineSettings) -> int:

@@ -71,7 +71,7 @@ class Sequence:
 class TokenEvent:
     """One token and the text it makes certain: none while a character, or what may be a stop string, is unfinished.
 
-    The last event of a sequence has a `finish_reason`; with "error" and "cancelled" it brings no token (-1).
+    The last event of a sequence has a `finish_reason`; with "error" it brings no token (-1).
     """
 
     token: int

@@ -33,8 +33,8 @@ class EngineSettings:
     speculate      "on", "off", or "auto": drafts tokens and verifies them in one pass, while measured to pay
     draft_tokens   drafts a step and sequence, at most 3
     drafter        "mtp", "ngram" (prompt lookup), or None: mtp where the model has such modules, else ngram
-    release        the native runner gives up a quantised model's codes once they are packed: half the memory, but only
-                   engines with the native runner can use the model from then on
+    release        the native runner gives up a quantised model's codes once they are packed: half the memory, but
+                   only engines with the native runner can use the model from then on
     """
 
     backend: Backend = "auto"

@@ -74,6 +74,13 @@ def verify(draft: Draft, logits: Tensor, state: SamplerState) -> Iterator[Verifi
     Raises TaelError as `sample_rows` does.
     """
     for row, token, law in zip(logits, draft.tokens, draft.laws, strict=False):
+        if state.params.is_greedy:
+            found = sample_rows(row.unsqueeze(0), [state])
+            right = found.tokens[0] == token
+            yield Verified(found.tokens[0], found.logprobs[0], found.top[0], drafted=right)
+            if right:
+                continue
+            return
         index = state.index
         wanted = distribution(row, state)
         chance = float(wanted[token])

@@ -9,7 +9,7 @@ from tael.data import Mode, Tokenizer
 from tael.engine import Engine, SamplingParams
 from tael.evals.statistics import Accuracy
 from tael.model.transformer import Transformer
-from tael.rl.rollout import Answer, answer_problems, stop_ids
+from tael.rl.rollout import SAMPLER, Answer, answer_problems, stop_ids
 from tael.rl.tasks import Problem
 
 MODES: tuple[Mode, ...] = ("free", "think", "direct")
@@ -38,7 +38,7 @@ def reasoning_accuracy(
 ) -> ReasoningResult:
     """Greedy answers to `asked`, judged by the exact verifiers."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_ids=stop_ids(tokenizer))
-    engine, answers = Engine(model, tokenizer), []
+    engine, answers = Engine(model, tokenizer, SAMPLER), []
     for start in range(0, len(asked), batch):
         answers += answer_problems(engine, tokenizer, asked[start : start + batch], mode, params)
     count = max(len(answers), 1)

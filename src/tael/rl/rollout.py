@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from tael.data import Message, ParsedAnswer, Tokenizer, encode_chat, parse_completion
-from tael.engine import Completion, Engine, SamplingParams
+from tael.engine import Completion, Engine, EngineSettings, SamplingParams
 from tael.errors import TaelError
 from tael.model.transformer import Transformer
 from tael.recipe import RlSettings
 from tael.rl.policy_loss import group_advantages, informative
 from tael.rl.rewards import reward
 from tael.rl.tasks import Problem, problems
+
+SAMPLER = EngineSettings(backend="torch", max_batch=512, token_budget=8192)
+"""The trainer's own model, many requests at a time: throughput counts, not how soon the first token comes."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ class Rollouts:
         asked = problems(settings.tasks, base, settings.problems, "train")
         repeated = [problem for problem in asked for _ in range(settings.group)]
         params = SamplingParams(settings.max_tokens, settings.temperature, seed=base % 2**40, stop_ids=self._stop)
-        answers = answer_problems(Engine(model, self.tokenizer), self.tokenizer, repeated, settings.mode, params)
+        engine = Engine(model, self.tokenizer, SAMPLER)
+        answers = answer_problems(engine, self.tokenizer, repeated, settings.mode, params)
         rewards = torch.tensor([a.reward for a in answers]).view(len(asked), settings.group)  # [N, G]
         kept = informative(rewards)
         self.metrics = self._describe(answers, int(kept.sum()))
