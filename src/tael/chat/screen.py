@@ -1,0 +1,111 @@
+"""Where a talk is shown: answers as they come, thoughts dim while they come and then folded into one line."""
+
+from __future__ import annotations
+
+import contextlib
+import unicodedata
+from collections.abc import Generator
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+from tael.chat.conversation import Conversation, Piece
+from tael.chat.reply import duration
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: a model's words must not move the cursor or recolour the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+class Screen:
+    """Answers go to `out`; remarks to `notes`, which is stderr when `out` is no terminal."""
+
+    def __init__(self, out: Console, notes: Console) -> None:
+        self.out, self.notes = out, notes
+
+    def remark(self, text: str, style: str = "dim") -> None:
+        self.notes.print(Text(printable(text), style=style), highlight=False, soft_wrap=True)
+
+    def show(self, conversation: Conversation, pieces: Generator[Piece]) -> None:
+        """Print an answer as it comes, and a line about it. Ctrl-C ends the answer, not the talk, in a terminal."""
+        stopped = answered = False
+        with _Thoughts(self.out) as thoughts, contextlib.closing(pieces):
+            try:
+                for piece in pieces:
+                    text = printable(piece.text)
+                    if piece.kind == "thought":
+                        thoughts.add(text)
+                    elif piece.kind == "folded":
+                        thoughts.fold()
+                        self.remark(_thought(conversation))
+                    else:
+                        # Many models begin with an empty line.
+                        text = text if answered or not self.out.is_terminal else text.lstrip("\n")
+                        answered = answered or bool(text)
+                        if answered:
+                            thoughts.close()
+                            self._write(text)
+            except KeyboardInterrupt:
+                if not self.out.is_terminal:
+                    raise
+                stopped = True
+        if answered or not thoughts.open:
+            self._write("\n")
+        if thoughts.open:
+            why = "stopped" if stopped else "and never came to an answer; /budget N ends thoughts in time"
+            self.remark(f"{_thought(conversation)}, {why}")
+        self.remark(conversation.reply.line(conversation.dollars_per_hour) + ("; stopped" if stopped else ""))
+        if conversation.forgotten:
+            self.remark(f"the context is full: the first {conversation.forgotten} messages were left out")
+
+    def _write(self, text: str) -> None:
+        self.out.file.write(text)
+        self.out.file.flush()
+
+
+class _Thoughts:
+    """The lower part of a terminal until the answer begins: a sign that the model reads, then its thoughts' end."""
+
+    def __init__(self, out: Console) -> None:
+        self._out, self._text = out, ""
+        self._live: Live | None = None
+        self.open = False
+        """Thoughts came, and were not folded."""
+
+    def __enter__(self) -> _Thoughts:
+        if self._out.is_terminal:
+            self._live = Live(Spinner("dots", style="dim"), console=self._out, transient=True, refresh_per_second=12)
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def add(self, text: str) -> None:
+        self.open, self._text = True, self._text + text
+        if self._live is not None:
+            self._live.update(self._last_lines())
+
+    def fold(self) -> None:
+        self.open = False
+        self.close()
+
+    def close(self) -> None:
+        """Take it off the screen; no matter if that has been done."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+    def _last_lines(self) -> Text:
+        """The end of a long thought: as much as half the screen shows."""
+        self._text = self._text[-20_000:]
+        lines = Text(self._text, style="dim italic").wrap(self._out, self._out.width)
+        return Text("\n").join(lines[-max(3, self._out.height // 2) :])
+
+
+def _thought(conversation: Conversation) -> str:
+    reply = conversation.reply
+    return f"thought for {duration(reply.thought_seconds)}, {reply.thought_tokens} tokens"
