@@ -20,8 +20,8 @@ class NativeRunner:
     its numbers are equal bit for bit whatever else is in the batch.
 
     cache_dtype None means fp16 for a quantised model and fp32 for any other. `release` gives up a quantised model's
-    own codes once they are packed, see `native_weights`. Raises TaelError when the operator cannot be built here or the
-    model's shape is not for it.
+    own codes once they are packed, see `native_weights`. Raises TaelError when the operator cannot be built here or
+    the model's shape is not for it.
     """
 
     def __init__(

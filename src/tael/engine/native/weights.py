@@ -30,8 +30,8 @@ LATENT_EPS = 1e-6
 class NativeWeights:
     """The operator with a model's weights in it.
 
-    `model_bytes` counts all that passes may read, shared memory once; `step_bytes` what one token's pass reads: of the
-    experts as many as it is routed to, no row of the embedding, no MTP module.
+    `model_bytes` counts all that passes may read, shared memory once; `step_bytes` what one token's pass reads: of
+    the experts as many as it is routed to, no row of the embedding, no MTP module.
     """
 
     operator: Any
@@ -160,7 +160,7 @@ class _Builder:
             return shape
         shape.rank, shape.nope = config.kv_lora_rank, config.qk_nope_head_dim
         shape.rope, shape.value = config.qk_rope_head_dim, config.v_head_dim
-        router = next((b.mlp.gate for b in self.model.modules() if isinstance(b, Block) and _is_moe(b)), None)
+        router = next((m.gate for m in self.model.modules() if isinstance(m, MixtureOfExperts)), None)
         if router is not None:
             shape.experts, shape.chosen, shape.groups = router.experts, router.k, router.groups
             shape.kept_groups, shape.group_top = router.kept_groups, router.group_top
@@ -263,10 +263,6 @@ class _Builder:
         return self.library.packed_matrix(
             module.scheme, packed, codes.shape[0], module.in_features, minimums is not None, bias
         )
-
-
-def _is_moe(block: Block) -> bool:
-    return isinstance(block.mlp, MixtureOfExperts)
 
 
 def _vector(tensor: Tensor) -> Tensor:
