@@ -86,17 +86,21 @@ inline void weigh_row(const float* const* p, const float* const* v, int64_t keys
 
 // One chunk for `rows` queries: keys first..last, of which row r sees those below limit[r].
 // key(slot, buffer) and value(slot, buffer) return a pointer to fp32 values, in `buffer` where they had to be converted.
+// ahead(slot) asks for a slot's memory before it is needed: a sequence's entries lie too far apart for the processor to
+// foresee, and have left the caches since the last token (attention at 150 keys: 0.8 to 0.3 ms of a 3 ms pass).
 // parts[r] and values[r] [dv] are set.
-template <class Key, class Value>
+template <class Key, class Value, class Ahead>
 void attend_chunk(int64_t rows, const float* const* q, const int64_t* limit, int64_t first, int64_t last, int64_t dk,
-                  int64_t dv, float scale, const Key& key, const Value& value, Partial* parts, float* const* values,
-                  AttentionScratch& scratch) {
+                  int64_t dv, float scale, const Key& key, const Value& value, const Ahead& ahead, Partial* parts,
+                  float* const* values, AttentionScratch& scratch) {
   const int64_t keys = last - first, stride = kChunk + 8;
   scratch.scores.resize(rows * stride);
   scratch.tile.resize(kTile * std::max(dk, dv));
   const float* tile[kTile];
+  for (int64_t i = 0; i < std::min(kTile, keys); ++i) ahead(first + i);
   for (int64_t t = 0; t < keys; t += kTile) {
     const int64_t some = std::min(kTile, keys - t);
+    for (int64_t i = t + kTile; i < std::min(t + 2 * kTile, keys); ++i) ahead(first + i);
     for (int64_t i = 0; i < kTile; ++i)
       tile[i] = i < some ? key(first + t + i, scratch.tile.data() + i * dk) : tile[some - 1];
     for (int64_t i = 0; i < some; i += 4) {

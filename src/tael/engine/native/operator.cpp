@@ -16,6 +16,10 @@ float* grow(std::vector<float>& buffer, int64_t size) {
   return buffer.data();
 }
 
+inline void fetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+}
+
 }  // namespace
 
 template <class F>
@@ -61,9 +65,9 @@ uint8_t* Operator::entry(int64_t layer, const Batch& batch, int64_t sequence, in
 }
 
 // Units are split over chunks of keys too; a second pass merges the chunks in order.
-template <class Query, class Key, class Value, class Out>
+template <class Query, class Key, class Value, class Ahead, class Out>
 void Operator::attend(const Batch& batch, const std::vector<Unit>& units, int64_t dk, int64_t dv, int64_t first_key,
-                      const Query& query, const Key& key, const Value& value, const Out& out) {
+                      const Query& query, const Key& key, const Value& value, const Ahead& ahead, const Out& out) {
   std::vector<Piece>& pieces = pieces_;
   std::vector<int64_t>& begin = begin_;
   pieces.clear();
@@ -95,8 +99,8 @@ void Operator::attend(const Batch& batch, const std::vector<Unit>& units, int64_
     attend_chunk(
         rows, q, limit, from, std::max(from, to), dk, dv, shape_.scale,
         [&](int64_t slot, float* buffer) { return key(unit, slot, buffer); },
-        [&](int64_t slot, float* buffer) { return value(unit, slot, buffer); }, partials_.data() + piece.at, v,
-        scratch_[thread]);
+        [&](int64_t slot, float* buffer) { return value(unit, slot, buffer); },
+        [&](int64_t slot) { ahead(unit, slot); }, partials_.data() + piece.at, v, scratch_[thread]);
   });
   each_row(static_cast<int64_t>(units.size()), [&](int64_t u) {
     const Unit& unit = units[u];
@@ -156,6 +160,10 @@ void Operator::attention(const Layer& layer, int64_t index, const Batch& batch, 
       batch, units, d, d, first_key, [&](int64_t i, int64_t h) { return q + (i * s.heads + h) * d; },
       [&](const Unit& u, int64_t slot, float* buffer) { return read(u, slot, 0, buffer); },
       [&](const Unit& u, int64_t slot, float* buffer) { return read(u, slot, kv, buffer); },
+      [&](const Unit& u, int64_t slot) {
+        const uint8_t* from = entry(index, batch, u.sequence, slot) + u.head / per * d * size;
+        fetch(from, d * size), fetch(from + kv * size, d * size);
+      },
       [&](int64_t i, int64_t h) { return out + (i * s.heads + h) * d; });
   prepare(mid_, out, n, s.heads * d, layer.o->rounds_activations());
 }
@@ -242,6 +250,7 @@ void Operator::attention_mla(const Layer& layer, int64_t index, const Batch& bat
         [&](int64_t i, int64_t h) { return q_latent + (i * s.heads + h) * width; },
         [&](const Unit& u, int64_t slot, float* buffer) { return read(u, slot, width, buffer); },
         [&](const Unit& u, int64_t slot, float* buffer) { return read(u, slot, s.rank, buffer); },
+        [&](const Unit& u, int64_t slot) { fetch(entry(index, batch, u.sequence, slot), width * size); },
         [&](int64_t i, int64_t h) { return latent + (i * s.heads + h) * s.rank; });
     prepare(latent_rows_, latent, n * s.heads, s.rank, false);
     if (layer.kv_b->rounds_activations()) {
@@ -295,6 +304,7 @@ void Operator::attention_mla(const Layer& layer, int64_t index, const Batch& bat
         [&](const Unit& u, int64_t slot, float*) -> const float* {
           return expanded + slot * wide + u.head * (s.nope + s.value) + s.nope;
         },
+        [](const Unit&, int64_t) {},
         [&](int64_t i, int64_t h) { return out + (i * s.heads + h) * s.value; });
   }
   prepare(mid_, out, n, s.heads * s.value, layer.o->rounds_activations());

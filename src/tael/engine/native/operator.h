@@ -101,9 +101,9 @@ class Operator {
   void mixture(const Layer& layer, int64_t count);
   void route(const Layer& layer, int64_t row);
   uint8_t* entry(int64_t layer, const Batch& batch, int64_t sequence, int64_t slot) const;
-  template <class Query, class Key, class Value, class Out>
+  template <class Query, class Key, class Value, class Ahead, class Out>
   void attend(const Batch& batch, const std::vector<Unit>& units, int64_t dk, int64_t dv, int64_t first_key,
-              const Query& query, const Key& key, const Value& value, const Out& out);
+              const Query& query, const Key& key, const Value& value, const Ahead& ahead, const Out& out);
 
   Pool pool_;
   std::vector<AttentionScratch> scratch_;

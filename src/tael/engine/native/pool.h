@@ -12,6 +12,10 @@
 
 namespace tael {
 
+// Turns a worker waits before it sleeps, about a millisecond: the next pass of a sequence comes sooner than that, and to
+// wake a sleeping thread costs a tenth of it. After the first of them it lets others have the core.
+constexpr int kLinger = 30000;
+
 class Pool {
  public:
   explicit Pool(int threads) {
@@ -79,7 +83,7 @@ class Pool {
     uint64_t seen = 0;
     while (true) {
       for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen; ++spins) {
-        if (spins < 2048 || active_.load(std::memory_order_relaxed)) {
+        if (spins < kLinger || active_.load(std::memory_order_relaxed)) {
           rest(spins);
           continue;
         }
