@@ -4,10 +4,10 @@
     python bench/decode_vs_llama_cpp.py   about four minutes on two idle cores
     python bench/decode_vs_llama_cpp.py --quick
 
-Tael and llama.cpp read the same GGUF file: the weights of the packaged SmolLM2, made Q4_0 by llama.cpp's own quantiser
-(embedding and head Q8_0). transformers has the same weights in bf16 and in fp32, whichever is faster here being told
-apart. Each engine is a process of its own and sleeps while it is not its turn. Tael's figures go through Engine, that
-is with scheduling, sampling and text; llama.cpp's through its C interface with argmax.
+Tael and llama.cpp read the same GGUF file: the weights of the packaged SmolLM2, made Q4_0 by llama.cpp's own
+quantiser (embedding and head Q8_0). transformers has the same weights, once in bf16 and once in fp32. Each engine is a
+process of its own and sleeps while it is not its turn. Tael's figures go through Engine, that is with scheduling,
+sampling and text; llama.cpp's through its C interface with argmax.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
         model, tokenizer = load_gguf(q4, keep_quantised=True), tael.load_tokenizer(source)
         hugging_face = Path(folder, "hf")
         save_model(load_gguf(source), hugging_face, tokenizer, torch.float32)
-        read = load_operator().read_bandwidth
+        read = load_operator().read_bandwidth  # GB/s
         ours = Tael(model, tokenizer)
         peers = {
             "llama.cpp Q4_0": Peer("llama_cpp", model=str(q4)),
@@ -127,12 +127,18 @@ def write(described, decode, prefill, bandwidth, read_bytes, peers, rounds, quic
         )
     achieved = read_bytes * TOKENS / spread(decode["tael int4"])["median"] / 1e9
     plain = spread(bandwidth)["median"]
-    columns = ["engine", "decode, tokens/s", "Tael is faster by", f"prefill of {PREFILL}, tokens/s", "Tael is faster by "]
+    columns = [
+        "engine",
+        "decode, tokens/s",
+        "Tael is faster by",
+        f"prefill of {PREFILL}, tokens/s",
+        "Tael is faster by ",
+    ]
     versions = ", ".join(dict.fromkeys(peer.described["version"] for peer in peers.values()))
     notes = [
-        f"Medians of {rounds} interleaved rounds, quartiles in brackets; {TOKENS} tokens after {PROMPT}; {versions}.",
-        f"Tael reads {read_bytes / 1e6:.0f} MB of weights a token: {achieved:.1f} GB/s, {achieved / plain:.0%} of the "
-        f"{plain:.1f} GB/s of a plain read on two threads, measured between the rounds.",
+        f"Medians of {rounds} interleaved rounds, quartiles in brackets; {TOKENS} tokens after {PROMPT}. {versions}.",
+        f"Tael reads {read_bytes / 1e6:.0f} MB of weights a token: {achieved:.1f} GB/s, {achieved / plain:.0%} of "
+        f"the {plain:.1f} GB/s of a plain read on two threads, measured between the rounds.",
     ]
     title = "SmolLM2-135M at 4 bits on two threads: decode and prefill"
     print_table(title, columns, rows)

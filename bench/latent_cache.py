@@ -3,10 +3,10 @@
     python bench/latent_cache.py            about five minutes on two idle cores
     python bench/latent_cache.py --quick
 
-A model of DeepSeek-V2-Lite's widths and three layers (one dense, two with experts; 8 experts in place of 64, of which 6 are
-taken as in the original, so that it is built quickly). Tael keeps R + P = 576 values a token and layer and attends in the
-absorbed form; transformers keeps every head's key and value, H (N + P + V) = 5,120. Both start from caches filled with
-noise. fp32 on both sides is the same weights; int4 with an fp16 cache is how a user would run it.
+A model of DeepSeek-V2-Lite's widths and three layers (one dense, two with experts; 8 experts in place of 64, of which
+6 are taken as in the original, so that it is built quickly). Tael keeps R + P = 576 values a token and layer and
+attends in the absorbed form; transformers keeps every head's key and value, H (N + P + V) = 5,120. Both start from
+caches filled with noise. fp32 on both sides is the same weights; int4 with an fp16 cache is how a user would run it.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ def main() -> None:
     report(described, seconds, version, rounds)
 
 
-def report(
-    described: dict[str, Any], seconds: dict[tuple[str, int], list[float]], version: str, rounds: int
-) -> None:
+def report(described: dict[str, Any], seconds: dict[tuple[str, int], list[float]], version: str, rounds: int) -> None:
     """Whole steps, and what the context alone costs: a step's seconds less those at 16 tokens."""
     theirs, rows = "transformers fp32", []
     for context in CONTEXTS:

@@ -111,7 +111,7 @@ class Engine:
 
 
 @lib.llama_log_callback
-def _SILENT(level: int, text: bytes, data: Any) -> None:  # noqa: N802
+def _SILENT(level: int, text: bytes, data: Any) -> None:
     pass
 
 

@@ -1,4 +1,4 @@
-"""Tael in a process of its own, as a child of bench/peers.py, where its memory is to be told or a big model is its own."""
+"""Tael in a process of its own, as a child of bench/peers.py: where its memory is to be told."""
 
 from __future__ import annotations
 

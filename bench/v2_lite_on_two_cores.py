@@ -3,10 +3,10 @@
     python bench/v2_lite_on_two_cores.py            about ten minutes, 10 GB of disk and 20 GB of memory (two engines)
     python bench/v2_lite_on_two_cores.py --alone    without llama.cpp: 10 GB of memory
 
-The weights are random codes written straight as Q4_0 (embedding and head Q8_0): nothing of 15.7B parameters is ever held
-in more than 4 bits. Which experts a token takes is then near uniform, as balanced training makes it. What it shows is
-speed and memory, not words. Bytes a token are those of the weights it passes through: 6 of 64 experts, the shared ones,
-attention, head.
+The weights are random codes written straight as Q4_0 (embedding and head Q8_0): nothing of 15.7B parameters is ever
+held in more than 4 bits. Which experts a token takes is then near uniform, as balanced training makes it. What it
+shows is speed and memory, not words. Bytes a token are those of the weights it passes through: 6 of 64 experts, the
+shared ones, attention, head.
 """
 
 from __future__ import annotations

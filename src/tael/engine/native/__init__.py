@@ -1,4 +1,4 @@
-"""The C++ decode operator for CPUs: built at first use (build.py), weights packed for it (weights.py), run (runner.py).
+"""The C++ operator for CPUs: built at first use (build.py), weights packed for it (weights.py), run (runner.py).
 
     python -m tael bench MODEL          shows what it reaches here
 

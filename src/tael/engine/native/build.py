@@ -1,8 +1,8 @@
 """Compile the C++ operator at first use, through torch's extension loader, and keep it in the cache.
 
-The library is kept under a name made of its sources, the compiler, torch and the processor's features, so that another
-machine or version compiles anew. It is built in a folder of its own and renamed into place: a killed build leaves
-nothing that a later one could trip over.
+The library is kept under a name made of its sources, the compiler, torch and the processor's features, so that
+another machine or version compiles anew. It is built in a folder of its own and renamed into place: a killed build
+leaves nothing that a later one could trip over.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tael.errors import TaelError
 NAME = "tael_operator"
 SOURCES = ("operator.cpp", "binding.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-ffp-contract=off", "-fno-tree-reassoc")
-"""Contraction is off so that only the fused multiply-adds written down are fused: results do not hang on the compiler. Without
-reassociation integer sums stay in the order written, else gcc 12 keeps all products of a group alive and spills them
-(twice slower)."""
+"""Contraction is off so that only the fused multiply-adds written down are fused: results do not hang on the
+compiler. Without reassociation integer sums stay in the order written, else gcc 12 keeps all products of a group alive
+and spills them (twice slower)."""
 
 NEEDED = ("avx2", "fma", "f16c")
 _FOLDER = Path(__file__).parent
@@ -67,6 +67,7 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
 
 
+@functools.lru_cache(maxsize=1)
 def _key() -> str:
     digest = hashlib.sha256()
     for path in sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")]):
@@ -86,7 +87,7 @@ def is_built() -> bool:
 
 
 def load_operator(notify: Callable[[str], None] | None = None) -> ModuleType:
-    """The compiled module; compiled first (about a minute, `notify` is told so in a line) where it is not in the cache.
+    """The compiled module; compiled first (about a minute, `notify` is told so) where it is not in the cache.
 
     Raises TaelError in one line when it cannot be built here.
     """
