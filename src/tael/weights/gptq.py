@@ -29,8 +29,8 @@ from tael.weights.quantized import QuantizedExperts, QuantizedLinear
 from tael.weights.rounding import int4_codes, int4_ranges, int4_scales, pack_int4
 
 LAZY_BLOCK = 32
-"""Columns whose corrections are collected before the rest of the matrix is touched (B of algorithm 1; there 128). So few
-that torch does not spread a column's work over threads, which on a busy machine costs many times the work itself."""
+"""Columns whose corrections are collected before the rest of the matrix is touched (algorithm 1's B; there 128). So
+few that torch does not spread a column's work over threads, which on a busy machine costs many times the work."""
 
 DAMPING = 0.01
 """Share of H's mean diagonal added to its diagonal."""
