@@ -156,7 +156,7 @@ def measure(
         told = "warming up" if number < 0 else f"round {number + 1} of {plan.rounds}"
         found = samples if number >= 0 else _Samples()
         _round(plain, drafting, plan, max(number, 0), found, lambda line, told=told: progress(f"{told}: {line}"))
-    drafter = "MTP drafts" if len(model.mtp) else "n-gram drafts"
+    drafter = "MTP" if len(model.mtp) else "n-gram"
     return _report(plain, drafter, plan, samples, weights, load)
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from tael.data.gguf_file import GGUFTensor
 from tael.weights.quantize import QuantizedLinear, Scheme
-from tael.weights.rounding import pack_int4
 
 KEPT = (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0)
 BLOCK = 32
@@ -90,4 +89,8 @@ def _halves(data: Tensor, at: int) -> Tensor:
 
 def _reordered(raw: Tensor) -> Tensor:
     """[.., 16] bytes of columns (j, j + 16) -> [.., 16] bytes of columns (2j, 2j + 1)."""
-    return pack_int4(torch.cat((raw & 15, raw >> 4), dim=-1))
+    even, odd = raw[..., 0::2], raw[..., 1::2]
+    out = raw.new_empty(raw.shape)
+    out[..., :8] = (even & 15) | (odd << 4)
+    out[..., 8:] = (even >> 4) | (odd & 240)
+    return out
