@@ -107,7 +107,25 @@ def test_convert(call, fails, model, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "half/model.safetensors").read_bytes()
     assert "is there already" in fails("convert", model, "half", "--to", "hf")
     assert call("convert", model, "half", "--to", "hf", "--overwrite").exit_code == 0
-    assert "comes with the inference engine" in fails("convert", model, "x", "--to", "gguf")
+    assert "--quant does not go with --to hf" in fails("convert", model, "x", "--to", "hf", "--quant", "q8_0")
+
+
+def test_convert_to_gguf_and_back(call, fails, model, tmp_path):
+    assert call("convert", model, "m.gguf", "--to", "gguf", "--quant", "f32").stdout == "m.gguf\n"
+    told = [
+        json.loads(call("complete", each, "What is", "--max-tokens", "5", "--json").stdout)
+        for each in (model, tmp_path / "m.gguf")
+    ]
+    assert told[0]["text"] == told[1]["text"]
+    assert call("convert", "m.gguf", "back", "--to", "hf").exit_code == 0
+    before, after = load_model(model).state_dict(), load_model(tmp_path / "back").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "must be a file that ends in .gguf" in fails("convert", model, "x", "--to", "gguf")
+    assert "--dtype does not go with --to gguf" in fails(
+        "convert", model, "x.gguf", "--to", "gguf", "--dtype", "bf16"
+    )
+    assert "is there already" in fails("convert", model, "m.gguf", "--to", "gguf")
+    assert call("convert", model, "m.gguf", "--to", "gguf", "--overwrite").exit_code == 0
 
 
 def test_models_and_pull(call, fails, run_folder):
@@ -115,11 +133,15 @@ def test_models_and_pull(call, fails, run_folder):
     named = {source["name"]: source for source in told["sources"]}
     assert named["chitchat"]["licence"] == "MIT" and named["chitchat"]["package"].startswith("chitchat-dataset==")
     assert told["models"] == [{"name": "tiny", "model": "runs/tiny/rl/model"}]
+    checkpoints = {row["name"]: row for row in told["checkpoints"]}
+    assert checkpoints["smollm2-135m"]["licence"] == "Apache-2.0" and not checkpoints["smollm2-135m"]["pulled"]
+    assert checkpoints["moonlight-16b-a3b"]["memory_bytes"]["int4"] < 9.1e9
     table = call("models").stdout
-    assert "chitchat" in table and "tiny" in table and all(len(line) <= 80 for line in table.splitlines())
+    assert "chitchat" in table and "tiny" in table and "deepseek-v2-lite-chat" in table
+    assert all(len(line) <= 80 for line in table.splitlines())
     pulled = call("pull", "python-stdlib")
     assert Path(pulled.stdout.strip()).is_dir() and "PSF-2.0" in pulled.stderr
-    assert "unknown source 'chitcat'; did you mean 'chitchat'?" in fails("pull", "chitcat")
+    assert "unknown name 'chitcat'; did you mean 'chitchat'?" in fails("pull", "chitcat")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +210,7 @@ def test_what_is_a_users_failure_and_what_is_a_bug():
 
 
 def test_a_bug_keeps_its_traceback(call, model, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise ValueError("a bug")
 
     monkeypatch.setattr(tael, "load_model", broken)

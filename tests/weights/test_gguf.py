@@ -289,7 +289,14 @@ def test_llama_cpp_computes_the_same_logits(shape, tokenizer, tmp_path, kind):
     model = load_gguf(tmp_path / "m.gguf")
     ids = tokenizer.encode(TEXT)[:60]
     other = llama_cpp.Llama(
-        str(tmp_path / "m.gguf"), n_ctx=128, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0
+        str(tmp_path / "m.gguf"),
+        n_ctx=128,
+        logits_all=True,
+        verbose=False,
+        n_threads=1,
+        n_threads_batch=1,
+        type_k=0,
+        type_v=0,
     )
     try:
         other.eval(ids)
