@@ -50,6 +50,7 @@ USUAL_CONTEXT = 8192
 class Loaded:
     """A model with what an engine over it needs. `settings.backend` is decided: "torch" or "native"."""
 
+    name: str
     model: Transformer
     tokenizer: Tokenizer
     place: Path
@@ -71,7 +72,7 @@ class Loaded:
         kind = schemes.most_common(1)[0][0] if schemes else str(self.model.norm.weight.dtype).removeprefix("torch.")
         size = self.model.config.parameters() / 1e6
         by = "the C++ operator" if self.settings.backend == "native" else "torch"
-        return f"{self.place}: {size:,.1f}M parameters in {kind}, run by {by}"
+        return f"{self.name}: {size:,.1f}M parameters in {kind}, run by {by}"
 
     def engine(self, context: int | None = None, sequences: int = 1, **overrides: Any) -> Engine:
         """An engine with a fixed cache for `sequences` of `context` tokens at a time.
@@ -109,7 +110,7 @@ def load(
         speculate=speculate or ("auto" if len(model.mtp) else "off"),  # type: ignore[arg-type]
         release=release,
     )
-    return Loaded(model, load_tokenizer(place), place, settings)
+    return Loaded(name, model, load_tokenizer(place), place, settings)
 
 
 def load_engine(name: str, *, context: int | None = None, **options: Any) -> tuple[Engine, Tokenizer, Path]:

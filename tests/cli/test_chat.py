@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import select
 import signal
 import sys
@@ -12,11 +13,13 @@ import time
 from dataclasses import replace
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from tael import load_model, load_tokenizer
 from tael.chat import COMMANDS, Conversation, Piece, Screen, command, printable
 from tael.chat.reply import Reply, duration, money
+from tael.chat.screen import Wrap
 from tael.chat.session import history_file
 from tael.chat.session import joined as joined_lines
 from tael.engine import Engine, SamplingParams, TokenEvent
@@ -309,3 +312,28 @@ def test_typed_lines_are_kept_for_the_next_talk(model, tmp_path, monkeypatch):
     assert history_file().stat().st_mode & 0o077 == 0
     status, shown = _session(model, ["\x1b[A\x1b[A\n", "/exit\n"], tmp_path)
     assert status == 0 and shown.count("line") >= 1, shown
+
+
+def _seen(written: str, width: int) -> list[str]:
+    """What a terminal shows for `written`, which may take letters back."""
+    lines, at = [""], 0
+    while at < len(written):
+        if back := re.match(r"\x1b\[(\d+)D\x1b\[K", written[at:]):
+            lines[-1] = lines[-1][: -int(back[1])]
+            at += back.end()
+            continue
+        lines = [*lines, ""] if written[at] == "\n" else [*lines[:-1], lines[-1] + written[at]]
+        at += 1
+    assert all(cell_len(line) < width for line in lines)
+    return lines
+
+
+def test_lines_break_between_words():
+    text = "The quick brown fox jumps over the lazy dog.\n\n  1.\tIndented, and Donaudampfschifffahrtsgesellschaft "
+    text += "漢字とかな、漢字abcとかなabcdef漢字"
+    for width in (12, 20, 31):
+        for size in (1, 3, 100):
+            wrap = Wrap(Console(file=io.StringIO(), force_terminal=True, width=width))
+            shown = _seen("".join(wrap(text[i : i + size]) for i in range(0, len(text), size)), width)
+            assert "".join("".join(shown).split()) == "".join(text.split())
+            assert {"quick", "brown", "jumps", "lazy"} <= set(" ".join(shown).split())

@@ -6,6 +6,7 @@ import contextlib
 import unicodedata
 from collections.abc import Generator
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
@@ -27,11 +28,12 @@ class Screen:
         self.out, self.notes = out, notes
 
     def remark(self, text: str, style: str = "dim") -> None:
-        self.notes.print(Text(printable(text), style=style), highlight=False, soft_wrap=True)
+        self.notes.print(Text(printable(text), style=style), highlight=False, soft_wrap=not self.notes.is_terminal)
 
     def show(self, conversation: Conversation, pieces: Generator[Piece]) -> None:
         """Print an answer as it comes, and a line about it. Ctrl-C ends the answer, not the talk, in a terminal."""
         stopped = answered = False
+        wrap = Wrap(self.out) if self.out.is_terminal else str
         with _Thoughts(self.out) as thoughts, contextlib.closing(pieces):
             try:
                 for piece in pieces:
@@ -47,7 +49,7 @@ class Screen:
                         answered = answered or bool(text)
                         if answered:
                             thoughts.close()
-                            self._write(text)
+                            self._write(wrap(text))
             except KeyboardInterrupt:
                 if not self.out.is_terminal:
                     raise
@@ -64,6 +66,51 @@ class Screen:
     def _write(self, text: str) -> None:
         self.out.file.write(text)
         self.out.file.flush()
+
+
+class Wrap:
+    """Breaks lines between words where a terminal would break them anywhere; every letter is shown at once.
+
+    A word that comes to the edge is taken off the line again and begun anew on the next.
+    """
+
+    def __init__(self, out: Console) -> None:
+        self._out, self._column, self._word = out, 0, ""
+
+    def __call__(self, text: str) -> str:
+        """What to write for the next piece of the text."""
+        return "".join(map(self._place, text))
+
+    def _place(self, letter: str) -> str:
+        if letter == "\n":
+            self._column, self._word = 0, ""
+            return letter
+        cells, width = cell_len(letter), self._out.width
+        if letter == "\t":
+            letter, cells = " " * (4 - self._column % 4), 4 - self._column % 4
+        if letter.isspace():
+            self._word = ""
+            if self._column + cells >= width:  # the edge itself stays free: some terminals break there already
+                self._column = 0
+                return "\n"
+            self._column += cells
+            return letter
+        wide = cells > 1  # between such letters a line may be broken
+        if wide:
+            self._word = ""
+        if self._column + cells < width:
+            self._column, self._word = self._column + cells, "" if wide else self._word + letter
+            return letter
+        if wide:
+            self._column = cells
+            return f"\n{letter}"
+        moved, self._word = self._word, self._word + letter
+        taken = cell_len(moved)
+        if taken == self._column:  # longer than a line, or nothing before it: broken here
+            self._column, self._word = cells, letter
+            return f"\n{letter}"
+        self._column = taken + cells
+        return f"\x1b[{taken}D\x1b[K\n{moved}{letter}" if moved else f"\n{letter}"
 
 
 class _Thoughts:
