@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tael.data import Message, Tokenizer, encode_chat, encode_prompt, parse_completion
+from tael.data import Message, Tokenizer, encode_chat, encode_prompt, load_tokenizer, parse_completion
 from tael.data.sandbox import LARGEST, render
 from tael.data.template import chat_template, encode_template
 from tael.errors import TaelError
@@ -288,3 +288,9 @@ def test_stop_and_start_ids(foreign, tokenizer):
     ends = {foreign.token_id("<|im_end|>"), foreign.token_id("<|eot_id|>")}
     assert set(foreign.stop_ids) == ends and foreign.stop_ids[0] == foreign.eos_id
     assert Tokenizer(foreign.backend, {**foreign.config, "add_bos_token": False}).start_ids == ()
+
+
+def test_a_tokenizer_of_another_kind_says_so(tmp_path):
+    (tmp_path / "tiktoken.model").write_text("x")
+    with pytest.raises(TaelError, match=r"tiktoken\.model is not read; put a tokenizer\.json"):
+        load_tokenizer(tmp_path)

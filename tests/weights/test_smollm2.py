@@ -23,6 +23,7 @@ from tael.errors import TaelError
 from tael.model import Transformer
 from tael.weights import load_gguf, pull, save_gguf
 
+CHAT = ("chat", "smollm2-135m", "--backend", "torch")
 QUESTION = "What is the capital of France?"
 PROMPT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -111,7 +112,7 @@ def test_the_capital_of_france(model, tokenizer):
 def test_chat_on_the_command_line(path):
     """The words are another test's: with the file's 4-bit codes and 8-bit activations, here and in llama.cpp, the
     first word is a tie between "The" and a French landmark."""
-    result = CliRunner().invoke(app, ["chat", "smollm2-135m", "--max-tokens", "6"], input=f"{QUESTION}\n")
+    result = CliRunner().invoke(app, [*CHAT, "--max-tokens", "6"], input=f"{QUESTION}\n")
     assert result.exit_code == 0 and result.stdout.strip(), result.output
 
 

@@ -274,6 +274,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
+        other = next((n for n in ("tiktoken.model", "tokenizer.model") if (file.parent / n).is_file()), None)
+        if other:
+            raise TaelError(
+                f"{file}: not there, and {other} is not read; put a tokenizer.json of this model beside it"
+            )
         raise TaelError(f"{file}: no such tokenizer; give a folder with tokenizer.json, or that file")
     try:
         backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))

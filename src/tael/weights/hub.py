@@ -4,8 +4,8 @@ Only weights in safetensors, JSON and tokenizer files are fetched: no code, no p
 of the cache, so that an interrupted fetch goes on where it stopped; each is held against the hub's sha256 (Git LFS)
 or blob id (small files). The folder takes its place by one rename, with a manifest of what it holds.
 
-`huggingface_hub.hf_hub_download` throws a partial file away (since 1.15), which for 16 GB files means starting over:
-so its listing and its http_get are used, and the file is ours.
+`huggingface_hub.hf_hub_download` throws a partial file away when it is stopped (2.4 does), so that a file of many
+gigabytes would start over: its listing and its http_get are used, and the file is ours.
 """
 
 from __future__ import annotations
