@@ -36,6 +36,7 @@ class NativeRunner:
         release: bool = False,
     ) -> None:
         self.config, self.num_blocks, self.block_size = model.config, num_blocks, block_size
+        mtp = mtp or release  # another engine over this model may draft, and then there are no codes left to pack
         held = native_weights(model, load_operator(notify), threads or torch.get_num_threads(), mtp, release)
         self._operator, self.model_bytes, self.step_bytes = held.operator, held.model_bytes, held.step_bytes
         self._modules = len(model.mtp) if mtp else 0
