@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 namespace tael {
 
@@ -19,6 +20,19 @@ float* grow(std::vector<float>& buffer, int64_t size) {
 inline void fetch(const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
 }
+
+// How attention is done in one of its forms: units of queries, widths, and where queries, keys, values and results are.
+// key, value(head, start of the slot's entry, slot, buffer) -> fp32 values; ahead(start of an entry) asks for its memory.
+template <class Query, class Key, class Value, class Ahead, class Out>
+struct Form {
+  const std::vector<Unit>* units;
+  int64_t layer, dk, dv, first_key;
+  Query query;
+  Key key;
+  Value value;
+  Ahead ahead;
+  Out out;
+};
 
 }  // namespace
 
@@ -64,59 +78,166 @@ uint8_t* Operator::entry(int64_t layer, const Batch& batch, int64_t sequence, in
   return static_cast<uint8_t*>(cache_) + at * shape_.width() * bytes_of(cache_type_);
 }
 
-// Units are split over chunks of keys too; a second pass merges the chunks in order.
-template <class Query, class Key, class Value, class Ahead, class Out>
-void Operator::attend(const Batch& batch, const std::vector<Unit>& units, int64_t dk, int64_t dv, int64_t first_key,
-                      const Query& query, const Key& key, const Value& value, const Ahead& ahead, const Out& out) {
-  std::vector<Piece>& pieces = pieces_;
-  std::vector<int64_t>& begin = begin_;
-  pieces.clear();
-  begin.resize(units.size());
+// Queries of `unit` that share keys: those of head group `group`. Calls f(token, head, row) for each.
+template <class F>
+void Operator::each_query(const Unit& unit, int64_t group, const F& f) const {
+  const int64_t per = unit.heads / unit.groups;
+  for (int64_t token = unit.first; token < unit.last; ++token)
+    for (int64_t h = group * per; h < (group + 1) * per; ++h)
+      f(token, unit.head + h, (token - unit.first) * unit.heads + h);
+}
+
+// One chunk of keys for a head group of several units that hold it in the same blocks: what they see of it is read once.
+// emit(member, row of the member's unit, index) is called for every query; parts[index], values[index] are its result.
+template <class Form, class Emit>
+void Operator::attend_together(const Batch& batch, const Form& form, const Member* members, int64_t count,
+                               int64_t chunk, int64_t group, AttentionScratch& scratch, const Emit& emit) {
+  const float* q[kMostRows];
+  float* values[kMostRows];
+  int64_t limit[kMostRows], rows = 0, last = 0;
+  Partial parts[kMostRows];
+  scratch.values.resize(kMostRows * form.dv);
+  for (int64_t m = 0; m < count; ++m) {
+    const Unit& unit = (*form.units)[members[m].unit];
+    last = std::max(last, batch.positions[unit.last - 1] + 1);
+    each_query(unit, group, [&](int64_t token, int64_t head, int64_t) {
+      q[rows] = form.query(token, head);
+      limit[rows] = batch.positions[token] + 1;
+      values[rows] = scratch.values.data() + rows * form.dv;
+      ++rows;
+    });
+  }
+  const Unit& unit = (*form.units)[members[0].unit];
+  const int64_t from = std::max(form.first_key, chunk * kChunk);
+  const int64_t to = std::max(from, std::min((chunk + 1) * kChunk, last));
+  const uint8_t* base[kChunk];
+  for (int64_t slot = from; slot < to; ++slot) base[slot - from] = entry(form.layer, batch, unit.sequence, slot);
+  const int64_t head = unit.head + group * (unit.heads / unit.groups);
+  attend_chunk(
+      rows, q, limit, from, to, form.dk, form.dv, shape_.scale,
+      [&](int64_t k, float* buffer) { return form.key(head, base[k], from + k, buffer); },
+      [&](int64_t k, float* buffer) { return form.value(head, base[k], from + k, buffer); },
+      [&](int64_t k) {
+        if (group == 0) form.ahead(base[k]);  // the whole entry: the other groups come right after
+      },
+      parts, values, scratch);
+  int64_t index = 0;
+  for (int64_t m = 0; m < count; ++m)
+    each_query((*form.units)[members[m].unit], group,
+               [&](int64_t, int64_t, int64_t row) { emit(members[m], row, parts[index], values[index]), ++index; });
+}
+
+// Many units: each is one task that takes its chunks in order. Few: chunks are tasks of their own, those that several
+// sequences share are taken by all of them at once, and a second pass merges each row's chunks, in the same order.
+template <class Form>
+void Operator::attend(const Batch& batch, const Form& form) {
+  const std::vector<Unit>& units = *form.units;
+  auto chunks_of = [&](const Unit& unit) { return batch.positions[unit.last - 1] / kChunk + 1; };
+  auto finish = [&](const Unit& unit, int64_t row, const Partial& part, const float* sums) {
+    float* to = form.out(unit.first + row / unit.heads, unit.head + row % unit.heads);
+    const float inverse = part.sum > 0 ? 1.0f / part.sum : 0.0f;
+    for (int64_t i = 0; i < form.dv; ++i) to[i] = sums[i] * inverse;
+  };
+  const bool several = batch.count > batch.sequences;  // prompts are read
+  if (several && static_cast<int64_t>(units.size()) >= 4 * pool_.threads()) {
+    pool_.run(static_cast<int64_t>(units.size()), [&](int64_t u, int thread) {
+      const Unit& unit = units[u];
+      AttentionScratch& scratch = scratch_[thread];
+      scratch.sums.resize(kMostRows * form.dv);
+      const Member self{u, 0};
+      for (int64_t group = 0; group < unit.groups; ++group) {
+        Partial parts[kMostRows];
+        for (int64_t chunk = 0; chunk < chunks_of(unit); ++chunk) {
+          int64_t at = 0;
+          attend_together(batch, form, &self, 1, chunk, group, scratch,
+                          [&](const Member&, int64_t, const Partial& part, const float* values) {
+                            merge(parts[at], scratch.sums.data() + at * form.dv, part, values, form.dv), ++at;
+                          });
+        }
+        int64_t at = 0;
+        each_query(unit, group, [&](int64_t, int64_t, int64_t row) {
+          finish(unit, row, parts[at], scratch.sums.data() + at * form.dv), ++at;
+        });
+      }
+    });
+    return;
+  }
+  begin_.resize(units.size());
   int64_t total = 0;
   for (size_t u = 0; u < units.size(); ++u) {
-    begin[u] = total;
-    const int64_t rows = (units[u].last - units[u].first) * units[u].heads;
-    const int64_t chunks = batch.positions[units[u].last - 1] / kChunk + 1;
-    for (int64_t c = 0; c < chunks; ++c, total += rows) pieces.push_back({static_cast<int64_t>(u), c, total});
+    begin_[u] = total;
+    total += chunks_of(units[u]) * (units[u].last - units[u].first) * units[u].heads;
   }
   if (static_cast<int64_t>(partials_.size()) < total) partials_.resize(total);
-  float* values = grow(partial_values_, total * dv);
-  pool_.run(static_cast<int64_t>(pieces.size()), [&](int64_t i, int thread) {
-    const Piece& piece = pieces[i];
-    const Unit& unit = units[piece.unit];
-    const int64_t rows = (unit.last - unit.first) * unit.heads;
-    const float* q[64];
-    float* v[64];
-    int64_t limit[64];
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t token = unit.first + r / unit.heads;
-      q[r] = query(token, unit.head + r % unit.heads);
-      limit[r] = batch.positions[token] + 1;
-      v[r] = values + (piece.at + r) * dv;
-    }
-    const int64_t from = std::max(first_key, piece.chunk * kChunk);
-    const int64_t to = std::min((piece.chunk + 1) * kChunk, batch.positions[unit.last - 1] + 1);
-    attend_chunk(
-        rows, q, limit, from, std::max(from, to), dk, dv, shape_.scale,
-        [&](int64_t slot, float* buffer) { return key(unit, slot, buffer); },
-        [&](int64_t slot, float* buffer) { return value(unit, slot, buffer); },
-        [&](int64_t slot) { ahead(unit, slot); }, partials_.data() + piece.at, v, scratch_[thread]);
+  float* values = grow(partial_values_, total * form.dv);
+  share_chunks(batch, units);
+  pool_.run(static_cast<int64_t>(pieces_.size()), [&](int64_t i, int thread) {
+    const Piece& piece = pieces_[i];
+    for (int64_t group = 0; group < units[members_[piece.first].unit].groups; ++group)
+      attend_together(batch, form, members_.data() + piece.first, piece.count, piece.chunk, group, scratch_[thread],
+                      [&](const Member& member, int64_t row, const Partial& part, const float* from) {
+                        partials_[member.at + row] = part;
+                        std::memcpy(values + (member.at + row) * form.dv, from, form.dv * sizeof(float));
+                      });
   });
   each_row(static_cast<int64_t>(units.size()), [&](int64_t u) {
     const Unit& unit = units[u];
-    const int64_t rows = (unit.last - unit.first) * unit.heads;
-    const int64_t chunks = batch.positions[unit.last - 1] / kChunk + 1;
+    const int64_t rows = (unit.last - unit.first) * unit.heads, chunks = chunks_of(unit);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = begin[u] + r;
-      Partial part = partials_[at];
-      float* acc = values + at * dv;
-      for (int64_t c = 1; c < chunks; ++c)
-        merge(part, acc, partials_[at + c * rows], values + (at + c * rows) * dv, dv);
-      float* to = out(unit.first + r / unit.heads, unit.head + r % unit.heads);
-      const float inverse = part.sum > 0 ? 1.0f / part.sum : 0.0f;
-      for (int64_t i = 0; i < dv; ++i) to[i] = acc[i] * inverse;
+      Partial part = partials_[begin_[u] + r];
+      float* sums = values + (begin_[u] + r) * form.dv;
+      for (int64_t c = 1; c < chunks; ++c) {
+        const int64_t at = begin_[u] + c * rows + r;
+        merge(part, sums, partials_[at], values + at * form.dv, form.dv);
+      }
+      finish(unit, r, part, sums);
     }
   });
+}
+
+// pieces_ and members_: every unit's chunks, those that lie in the same blocks put together while their rows fit.
+void Operator::share_chunks(const Batch& batch, const std::vector<Unit>& units) {
+  std::vector<Found>& all = found_chunks_;
+  all.clear(), pieces_.clear(), by_blocks_.clear();
+  const int64_t blocks = std::max<int64_t>(1, kChunk >> block_bits_);
+  auto block_of = [&](const Unit& unit, int64_t chunk) {
+    return batch.tables + unit.sequence * batch.table_width + ((chunk * kChunk) >> block_bits_);
+  };
+  std::vector<int64_t>& rows_in = piece_rows_;
+  rows_in.clear();
+  for (size_t u = 0; u < units.size(); ++u) {
+    const Unit& unit = units[u];
+    const int64_t end = batch.positions[unit.last - 1] + 1, rows = (unit.last - unit.first) * unit.heads;
+    for (int64_t chunk = 0; chunk * kChunk < end; ++chunk) {
+      int64_t piece = -1;
+      const int64_t mine = rows / unit.groups;
+      const bool whole = batch.sequences > 1 && end >= (chunk + 1) * kChunk;
+      if (whole) {
+        const auto key = std::make_pair(block_of(unit, chunk)[0], chunk * 4096 + unit.head);
+        const auto known = by_blocks_.find(key);
+        if (known != by_blocks_.end()) {
+          const Found& other = all[known->second];
+          if (rows_in[other.piece] + mine <= kMostRows &&
+              std::equal(block_of(unit, chunk), block_of(unit, chunk) + blocks, block_of(units[other.unit], chunk)))
+            piece = other.piece;
+        }
+        if (piece < 0) by_blocks_[key] = static_cast<int64_t>(all.size());
+      }
+      if (piece < 0) {
+        piece = static_cast<int64_t>(pieces_.size());
+        pieces_.push_back({chunk, 0, 0}), rows_in.push_back(0);
+      }
+      rows_in[piece] += mine, ++pieces_[piece].count;
+      all.push_back({static_cast<int64_t>(u), chunk, begin_[u] + chunk * rows, piece});
+    }
+  }
+  int64_t first = 0;
+  for (Piece& piece : pieces_) piece.first = first, first += std::exchange(piece.count, 0);
+  members_.resize(all.size());
+  for (const Found& found : all) {
+    Piece& piece = pieces_[found.piece];
+    members_[piece.first + piece.count++] = {found.unit, found.at};
+  }
 }
 
 void Operator::find_sequences(const Batch& batch) {
@@ -141,30 +262,27 @@ void Operator::attention(const Layer& layer, int64_t index, const Batch& batch, 
     from_float(cache_type_, k + i * kv, to, kv);
     from_float(cache_type_, v + i * kv, to + kv * bytes_of(cache_type_), kv);
   });
-  std::vector<Unit>& units = units_;
-  units.clear();
-  const int64_t tokens = std::max<int64_t>(1, 24 / per);
+  const int64_t tokens = std::max<int64_t>(1, 24 / per), size = bytes_of(cache_type_);
+  units_.clear();
   for (int64_t m = 0; m < batch.sequences; ++m)
     for (int64_t i = batch.starts[m]; i < batch.starts[m + 1]; i += tokens)
-      for (int64_t h = 0; h < s.kv_heads; ++h)
-        units.push_back({m, h * per, per, i, std::min(batch.starts[m + 1], i + tokens)});
+      units_.push_back({m, 0, s.heads, s.kv_heads, i, std::min(batch.starts[m + 1], i + tokens)});
   float* out = grow(attended_, n * s.heads * d);
-  const int64_t size = bytes_of(cache_type_);
-  auto read = [&](const Unit& unit, int64_t slot, int64_t offset, float* buffer) -> const float* {
-    const uint8_t* from = entry(index, batch, unit.sequence, slot) + (offset + unit.head / per * d) * size;
+  auto read = [&](const uint8_t* from, float* buffer) -> const float* {
     if (cache_type_ == Type::f32) return reinterpret_cast<const float*>(from);
     to_float(cache_type_, from, buffer, d);
     return buffer;
   };
-  attend(
-      batch, units, d, d, first_key, [&](int64_t i, int64_t h) { return q + (i * s.heads + h) * d; },
-      [&](const Unit& u, int64_t slot, float* buffer) { return read(u, slot, 0, buffer); },
-      [&](const Unit& u, int64_t slot, float* buffer) { return read(u, slot, kv, buffer); },
-      [&](const Unit& u, int64_t slot) {
-        const uint8_t* from = entry(index, batch, u.sequence, slot) + u.head / per * d * size;
-        fetch(from, d * size), fetch(from + kv * size, d * size);
-      },
-      [&](int64_t i, int64_t h) { return out + (i * s.heads + h) * d; });
+  attend(batch, Form{&units_, index, d, d, first_key,
+                     [=](int64_t i, int64_t h) -> const float* { return q + (i * s.heads + h) * d; },
+                     [=](int64_t h, const uint8_t* base, int64_t, float* buffer) {
+                       return read(base + h / per * d * size, buffer);
+                     },
+                     [=](int64_t h, const uint8_t* base, int64_t, float* buffer) {
+                       return read(base + (kv + h / per * d) * size, buffer);
+                     },
+                     [=](const uint8_t* base) { fetch(base, 2 * kv * size); },
+                     [=](int64_t i, int64_t h) { return out + (i * s.heads + h) * d; }});
   prepare(mid_, out, n, s.heads * d, layer.o->rounds_activations());
 }
 
@@ -201,7 +319,7 @@ void Operator::attention_mla(const Layer& layer, int64_t index, const Batch& bat
     if (batch.expanded[m]) continue;
     for (int64_t i = batch.starts[m]; i < batch.starts[m + 1]; ++i) {
       tokens.push_back(i);
-      for (int64_t h = 0; h < s.heads; h += some) absorbed.push_back({m, h, std::min(some, s.heads - h), i, i + 1});
+      for (int64_t h = 0; h < s.heads; h += some) absorbed.push_back({m, h, std::min(some, s.heads - h), 1, i, i + 1});
     }
   }
   if (!tokens.empty()) {
@@ -239,19 +357,17 @@ void Operator::attention_mla(const Layer& layer, int64_t index, const Batch& bat
       std::memcpy(to + s.rank, from + s.nope, s.rope * sizeof(float));
     });
     float* latent = grow(out_, n * s.heads * s.rank);
-    auto read = [&](const Unit& unit, int64_t slot, int64_t values, float* buffer) -> const float* {
-      const uint8_t* from = entry(index, batch, unit.sequence, slot);
+    auto read = [&](const uint8_t* from, int64_t values, float* buffer) -> const float* {
       if (cache_type_ == Type::f32) return reinterpret_cast<const float*>(from);
       to_float(cache_type_, from, buffer, values);
       return buffer;
     };
-    attend(
-        batch, absorbed, width, s.rank, first_key,
-        [&](int64_t i, int64_t h) { return q_latent + (i * s.heads + h) * width; },
-        [&](const Unit& u, int64_t slot, float* buffer) { return read(u, slot, width, buffer); },
-        [&](const Unit& u, int64_t slot, float* buffer) { return read(u, slot, s.rank, buffer); },
-        [&](const Unit& u, int64_t slot) { fetch(entry(index, batch, u.sequence, slot), width * size); },
-        [&](int64_t i, int64_t h) { return latent + (i * s.heads + h) * s.rank; });
+    attend(batch, Form{&absorbed, index, width, s.rank, first_key,
+                       [=](int64_t i, int64_t h) -> const float* { return q_latent + (i * s.heads + h) * width; },
+                       [=](int64_t, const uint8_t* base, int64_t, float* buffer) { return read(base, width, buffer); },
+                       [=](int64_t, const uint8_t* base, int64_t, float* buffer) { return read(base, s.rank, buffer); },
+                       [=](const uint8_t* base) { fetch(base, width * size); },
+                       [=](int64_t i, int64_t h) { return latent + (i * s.heads + h) * s.rank; }});
     prepare(latent_rows_, latent, n * s.heads, s.rank, false);
     if (layer.kv_b->rounds_activations()) {
       latent_rows_.set(latent, n * s.heads, s.rank, true);
@@ -291,21 +407,20 @@ void Operator::attention_mla(const Layer& layer, int64_t index, const Batch& bat
     multiply_all({{layer.kv_b.get(), &latent_rows_, expanded, wide}});
     std::vector<Unit> units;
     for (int64_t i = batch.starts[m]; i < batch.starts[m + 1]; i += 32)
-      for (int64_t h = 0; h < s.heads; ++h) units.push_back({m, h, 1, i, std::min(batch.starts[m + 1], i + 32)});
-    attend(
-        batch, units, head, s.value, first_key,
-        [&](int64_t i, int64_t h) { return q + (i * s.heads + h) * head; },
-        [&](const Unit& u, int64_t slot, float* buffer) -> const float* {
-          const float* from = expanded + slot * wide + u.head * (s.nope + s.value);
-          std::memcpy(buffer, from, s.nope * sizeof(float));
-          std::memcpy(buffer + s.nope, latents + slot * width + s.rank, s.rope * sizeof(float));
-          return buffer;
-        },
-        [&](const Unit& u, int64_t slot, float*) -> const float* {
-          return expanded + slot * wide + u.head * (s.nope + s.value) + s.nope;
-        },
-        [](const Unit&, int64_t) {},
-        [&](int64_t i, int64_t h) { return out + (i * s.heads + h) * s.value; });
+      for (int64_t h = 0; h < s.heads; ++h) units.push_back({m, h, 1, 1, i, std::min(batch.starts[m + 1], i + 32)});
+    attend(batch, Form{&units, index, head, s.value, first_key,
+                       [=](int64_t i, int64_t h) -> const float* { return q + (i * s.heads + h) * head; },
+                       [=](int64_t h, const uint8_t*, int64_t slot, float* buffer) -> const float* {
+                         const float* from = expanded + slot * wide + h * (s.nope + s.value);
+                         std::memcpy(buffer, from, s.nope * sizeof(float));
+                         std::memcpy(buffer + s.nope, latents + slot * width + s.rank, s.rope * sizeof(float));
+                         return buffer;
+                       },
+                       [=](int64_t h, const uint8_t*, int64_t slot, float*) -> const float* {
+                         return expanded + slot * wide + h * (s.nope + s.value) + s.nope;
+                       },
+                       [](const uint8_t*) {},
+                       [=](int64_t i, int64_t h) { return out + (i * s.heads + h) * s.value; }});
   }
   prepare(mid_, out, n, s.heads * s.value, layer.o->rounds_activations());
 }

@@ -3,7 +3,9 @@
 
 #include <array>
 #include <initializer_list>
+#include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -46,6 +48,26 @@ struct Batch {
   int64_t count, sequences, table_width;
 };
 
+// Queries of one sequence that look at the same keys: tokens first..last, `heads` heads from `head` on, in `groups` of
+// heads that share keys and values.
+struct Unit {
+  int64_t sequence, head, heads, groups, first, last;
+};
+
+// A unit's part in a piece; `at`: its first row among the partial results.
+struct Member {
+  int64_t unit, at;
+};
+
+// A chunk of keys and the units (members first..first + count) that hold it in the same blocks.
+struct Piece {
+  int64_t chunk, first, count;
+};
+
+struct Found {
+  int64_t unit, chunk, at, piece;
+};
+
 class Operator {
  public:
   Operator(Shape shape, int threads) : shape_(shape), pool_(threads), scratch_(pool_.threads()) {}
@@ -79,14 +101,6 @@ class Operator {
     const Job* job;
     int64_t first, last, from, to;
   };
-  struct Unit {  // queries that look at the same keys
-    int64_t sequence, head, heads, first, last;
-  };
-
-  struct Piece {  // a unit's queries on one chunk of keys; `at`: its first row among the partial results
-    int64_t unit, chunk, at;
-  };
-
   void multiply_all(const Job* jobs, size_t count);
   void multiply_all(std::initializer_list<Job> jobs) { multiply_all(jobs.begin(), jobs.size()); }
   void multiply_all(const std::vector<Job>& jobs) { multiply_all(jobs.data(), jobs.size()); }
@@ -101,16 +115,24 @@ class Operator {
   void mixture(const Layer& layer, int64_t count);
   void route(const Layer& layer, int64_t row);
   uint8_t* entry(int64_t layer, const Batch& batch, int64_t sequence, int64_t slot) const;
-  template <class Query, class Key, class Value, class Ahead, class Out>
-  void attend(const Batch& batch, const std::vector<Unit>& units, int64_t dk, int64_t dv, int64_t first_key,
-              const Query& query, const Key& key, const Value& value, const Ahead& ahead, const Out& out);
+  template <class F>
+  void each_query(const Unit& unit, int64_t group, const F& f) const;
+  template <class Form, class Emit>
+  void attend_together(const Batch& batch, const Form& form, const Member* members, int64_t count, int64_t chunk,
+                       int64_t group, AttentionScratch& scratch, const Emit& emit);
+  template <class Form>
+  void attend(const Batch& batch, const Form& form);
+  void share_chunks(const Batch& batch, const std::vector<Unit>& units);
 
   Pool pool_;
   std::vector<AttentionScratch> scratch_;
   std::vector<Task> tasks_;
   std::vector<Unit> units_;
   std::vector<Piece> pieces_;
-  std::vector<int64_t> begin_, sequence_;
+  std::vector<Member> members_;
+  std::vector<Found> found_chunks_;
+  std::map<std::pair<int64_t, int64_t>, int64_t> by_blocks_;  // (first block, chunk and head) -> one that lies there
+  std::vector<int64_t> begin_, sequence_, piece_rows_;
   Rows in_, mid_, latent_rows_, out_rows_, hidden_rows_;
   std::vector<float> x_, normed_, q_, q_low_, k_, v_, entry_, q_latent_, attended_, out_, gate_, up_, joined_;
   std::vector<float> expanded_, latents_, partial_values_;
