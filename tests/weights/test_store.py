@@ -74,7 +74,7 @@ def test_what_cannot_be_found_is_said_in_one_line(runs: Path) -> None:
     with pytest.raises(TaelError, match="no finished model yet"):
         resolve("one", runs)
     add_stage(runs / "one", "pretrain")
-    with pytest.raises(TaelError, match=r"two: no such model folder or run.*: one$"):
+    with pytest.raises(TaelError, match=r"two: no such model folder or run.*: one; `tael models`"):
         resolve("two", runs)
     with pytest.raises(TaelError, match="is a file"):
         resolve(runs / "one" / "recipe.toml", runs)
