@@ -234,8 +234,8 @@ def test_settings_are_checked(model: Transformer, options: dict[str, Any], messa
 
 
 def test_a_native_runner_that_is_not_there(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_native", lambda *_: None)
-    with pytest.raises(TaelError, match='backend "native" is not available here'):
+    monkeypatch.setattr("tael.engine.native.obstacle", lambda: "a C++ compiler")
+    with pytest.raises(TaelError, match='backend "native": the C\\+\\+ operator needs a C\\+\\+ compiler; or use'):
         Engine(model, backend="native").generate([[1]], SamplingParams(1))
     assert isinstance(runner.make_runner(model, EngineSettings(), 4), runner.TorchRunner)
 

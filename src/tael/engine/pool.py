@@ -9,11 +9,12 @@ import psutil
 import torch
 
 from tael.engine.blocks import BlockManager
-from tael.engine.runner import Runner, make_runner, wants_mtp
+from tael.engine.runner import Runner, make_runner, picks_native, wants_mtp
 from tael.engine.scheduler import Scheduler
 from tael.engine.settings import EngineSettings
 from tael.errors import TaelError
 from tael.model.transformer import Transformer
+from tael.weights.quantize import is_quantized
 
 SHARE = 0.5
 """Of the free memory, what a cache whose size nobody has set may take."""
@@ -89,7 +90,11 @@ def bytes_a_slot(model: Transformer, settings: EngineSettings) -> int:
     """Bytes of cache a token takes over all layers, MTP's included where they draft."""
     config = model.config
     layers = config.num_hidden_layers + (len(model.mtp) if wants_mtp(model, settings) else 0)
-    return layers * config.cache_values_per_token() * torch.empty(0, dtype=model.norm.weight.dtype).element_size()
+    native = picks_native(model, settings)  # its entries are fp16 for a quantised model, else fp32
+    size = (
+        (2 if is_quantized(model) else 4) if native else torch.empty(0, dtype=model.norm.weight.dtype).element_size()
+    )
+    return layers * config.cache_values_per_token() * size
 
 
 def free_memory(model: Transformer) -> int:

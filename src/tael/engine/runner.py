@@ -18,6 +18,7 @@ from tael.engine.settings import EngineSettings
 from tael.errors import TaelError
 from tael.model.config import ModelConfig
 from tael.model.transformer import Transformer
+from tael.weights.quantize import is_quantized
 
 PASS_OVERHEAD = 4e6
 """What a forward pass costs beside reading the weights, in values read: about a millisecond of calls."""
@@ -181,27 +182,31 @@ def wants_mtp(model: Transformer, settings: EngineSettings) -> bool:
     return settings.speculate != "off" and settings.drafter in (None, "mtp") and len(model.mtp) > 0
 
 
+def picks_native(model: Transformer, settings: EngineSettings) -> bool:
+    """Whether the native runner is to be tried: where it is demanded, and by "auto" for quantised models on a CPU."""
+    on_cpu = model.norm.weight.device.type == "cpu"
+    return settings.backend == "native" or (settings.backend == "auto" and on_cpu and is_quantized(model))
+
+
 def make_runner(model: Transformer, settings: EngineSettings, num_blocks: int) -> Runner:
-    """The runner that `settings.backend` names; "auto" takes the native one for quantised models on a CPU.
+    """The runner that `settings.backend` names.
 
-    Raises TaelError when the native runner is demanded and not there.
+    Raises TaelError, saying why, when the native runner is demanded and cannot be had; "auto" then takes torch.
     """
-    demanded = settings.backend == "native"
-    quantised = any(hasattr(module, "codes") for module in model.modules())
-    if model.norm.weight.device.type == "cpu" and (demanded or (settings.backend == "auto" and quantised)):
-        native = _native(model, settings, num_blocks)
-        if native is not None:
-            return native
-    if demanded:
-        raise TaelError(
-            'backend "native" is not available here (it needs a CPU and a C++ compiler); use backend = "torch"'
-        )
-    return TorchRunner(model, num_blocks, settings.block_size, mtp=wants_mtp(model, settings))
+    mtp = wants_mtp(model, settings)
+    if picks_native(model, settings):
+        try:
+            return _native(model, settings, num_blocks, mtp)
+        except TaelError:
+            if settings.backend == "native":
+                raise
+    return TorchRunner(model, num_blocks, settings.block_size, mtp=mtp)
 
 
-def _native(model: Transformer, settings: EngineSettings, num_blocks: int) -> Runner | None:
-    try:
-        from tael.engine.native import NativeRunner, available  # pyright: ignore
-    except ImportError:
-        return None
-    return NativeRunner(model, num_blocks, settings.block_size, release=settings.release) if available() else None
+def _native(model: Transformer, settings: EngineSettings, num_blocks: int, mtp: bool) -> Runner:
+    from tael.engine.native import NativeRunner, obstacle  # builds the operator at first use
+
+    lacking = obstacle() if model.norm.weight.device.type == "cpu" else "the model on a CPU"
+    if lacking is not None:
+        raise TaelError(f'backend "native": the C++ operator needs {lacking}; or use backend = "torch"')
+    return NativeRunner(model, num_blocks, settings.block_size, mtp=mtp, release=settings.release)

@@ -21,7 +21,6 @@ class EngineSettings:
 
     backend        "torch": the Transformer itself; "native": the C++ runner; "auto": native for quantised models on a
                    CPU where it can be had, else torch
-    quantize       scheme to which the model's weights are rounded before use (see tael.weights); None: as they are
     block_size     slots a block of the cache; prefixes are shared in whole blocks
     cache_tokens   slots of the whole cache, or cache_bytes, its size; None: as many as max_batch sequences of the
                    model's full context need, within half of the memory that is free; a plain engine takes what its
@@ -38,7 +37,6 @@ class EngineSettings:
     """
 
     backend: Backend = "auto"
-    quantize: str | None = None
     block_size: int = 16
     cache_tokens: int | None = None
     cache_bytes: int | None = None
