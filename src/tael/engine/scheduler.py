@@ -59,6 +59,9 @@ class Scheduler:
 
     def schedule(self, wanted_drafts: Callable[[Sequence], int] = lambda _: 0) -> list[Work]:
         """The next step's work; blocks for all of it are in the tables. Empty only when nothing waits or runs."""
+        for sequence in [s for s in self.running if s.prompt_length <= s.computed and not s.decodes]:
+            if sequence.state == "running":  # a token was put in: it may need a block of its own
+                self._extend(sequence, 0)
         plan, budget = self._decoding(wanted_drafts)
         for sequence in self.running:
             if budget and not sequence.decodes:
