@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,21 +29,22 @@ class StepBatch:
 
     @classmethod
     def build(cls, parts: Sequence[tuple[Sequence[int], int, Sequence[int], bool]]) -> StepBatch:
-        """From one (tokens, position of the first, block table, expanded) a sequence."""
-        lengths = torch.tensor([len(tokens) for tokens, _, _, _ in parts])
-        starts = torch.zeros(len(parts) + 1, dtype=torch.int64)
-        torch.cumsum(lengths, 0, out=starts[1:])
-        offsets = torch.tensor([first for _, first, _, _ in parts]) - starts[:-1]
-        total = int(starts[-1])
-        positions = torch.arange(total) + offsets.repeat_interleave(lengths, output_size=total)
-        width = max(len(table) for _, _, table, _ in parts)
-        return cls(
-            torch.tensor([token for tokens, _, _, _ in parts for token in tokens]),
-            positions,
-            starts,
-            torch.tensor([[*table, *[0] * (width - len(table))] for _, _, table, _ in parts]),
-            torch.tensor([expanded for _, _, _, expanded in parts]),
-        )
+        """From one (tokens, position of the first, block table, expanded) a sequence.
+
+        Through numpy: a decode step of one sequence makes six small tensors, and torch takes 90 us for what this does
+        in 25.
+        """
+        lengths = np.array([len(tokens) for tokens, _, _, _ in parts])
+        starts = np.zeros(len(parts) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        firsts = np.array([first for _, first, _, _ in parts], dtype=np.int64)
+        positions = np.arange(starts[-1]) + np.repeat(firsts - starts[:-1], lengths)
+        tables = np.zeros((len(parts), max(len(table) for _, _, table, _ in parts)), dtype=np.int64)
+        for row, (_, _, table, _) in zip(tables, parts, strict=True):
+            row[: len(table)] = table
+        tokens = np.fromiter(chain.from_iterable(tokens for tokens, _, _, _ in parts), np.int64, int(starts[-1]))
+        expanded = np.array([expanded for _, _, _, expanded in parts])
+        return cls(*map(torch.from_numpy, (tokens, positions, starts, tables, expanded)))
 
     @property
     def last(self) -> Tensor:

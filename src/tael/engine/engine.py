@@ -303,7 +303,9 @@ class Engine:
             ends.append(len(rows))
         if not rows:
             return kept
-        logits = self.pool.runner.logits(hidden[torch.tensor(rows, device=hidden.device)])  # [n, V]
+        if len(rows) < len(hidden):
+            hidden = hidden[torch.tensor(rows, device=hidden.device)]
+        logits = self.pool.runner.logits(hidden)  # [n, V]
         plain = [i for i, work in enumerate(plan) if work.samples and not drafts[i].tokens]
         if plain:
             part = logits if len(plain) == len(rows) else logits[[ends[i] for i in plain]]

@@ -22,7 +22,8 @@ inline void fetch(const uint8_t* from, int64_t bytes) {
 }
 
 // How attention is done in one of its forms: units of queries, widths, and where queries, keys, values and results are.
-// key, value(head, start of the slot's entry, slot, buffer) -> fp32 values; ahead(start of an entry) asks for its memory.
+// key, value(head, start of the slot's entry, slot, buffer) -> fp32 values; ahead(head, start)
+// asks for an entry's memory.
 template <class Query, class Key, class Value, class Ahead, class Out>
 struct Form {
   const std::vector<Unit>* units;
@@ -74,8 +75,9 @@ void Operator::multiply_all(const Job* jobs, size_t number) {
 
 uint8_t* Operator::entry(int64_t layer, const Batch& batch, int64_t sequence, int64_t slot) const {
   const int64_t block = batch.tables[sequence * batch.table_width + (slot >> block_bits_)];
-  const int64_t at = ((layer * blocks_ + block) << block_bits_) + (slot & ((int64_t{1} << block_bits_) - 1));
-  return static_cast<uint8_t*>(cache_) + at * shape_.width() * bytes_of(cache_type_);
+  const int64_t within = slot & ((int64_t{1} << block_bits_) - 1), first = (layer * blocks_ + block) << block_bits_;
+  const int64_t step = shape_.mla ? shape_.width() : shape_.head_dim;
+  return static_cast<uint8_t*>(cache_) + (first * shape_.width() + within * step) * bytes_of(cache_type_);
 }
 
 // Queries of `unit` that share keys: those of head group `group`. Calls f(token, head, row) for each.
@@ -117,9 +119,7 @@ void Operator::attend_together(const Batch& batch, const Form& form, const Membe
       rows, q, limit, from, to, form.dk, form.dv, shape_.scale,
       [&](int64_t k, float* buffer) { return form.key(head, base[k], from + k, buffer); },
       [&](int64_t k, float* buffer) { return form.value(head, base[k], from + k, buffer); },
-      [&](int64_t k) {
-        if (group == 0) form.ahead(base[k]);  // the whole entry: the other groups come right after
-      },
+      [&](int64_t k) { form.ahead(head, base[k]); },
       parts, values, scratch);
   int64_t index = 0;
   for (int64_t m = 0; m < count; ++m)
@@ -254,15 +254,20 @@ void Operator::attention(const Layer& layer, int64_t index, const Batch& batch, 
   float* v = grow(v_, n * kv);
   multiply_all({{layer.q.get(), &in_, q, s.heads * d}, {layer.k.get(), &in_, k, kv}, {layer.v.get(), &in_, v, kv}});
   const std::vector<int64_t>& sequence = sequence_;
+  // A block holds, for one key head after the other, the keys of its slots and then their values: each a stretch that
+  // the processor reads ahead by itself.
+  const int64_t size = bytes_of(cache_type_), plane = (d * size) << block_bits_;
   each_row(n, [&](int64_t i) {
     const float *cos = cos_ + batch.positions[i] * s.pairs(), *sin = sin_ + batch.positions[i] * s.pairs();
     for (int64_t h = 0; h < s.heads; ++h) rotate(q + (i * s.heads + h) * d, cos, sin, s.pairs(), s.interleaved);
     for (int64_t h = 0; h < s.kv_heads; ++h) rotate(k + i * kv + h * d, cos, sin, s.pairs(), s.interleaved);
     uint8_t* to = entry(index, batch, sequence[i], batch.positions[i]);
-    from_float(cache_type_, k + i * kv, to, kv);
-    from_float(cache_type_, v + i * kv, to + kv * bytes_of(cache_type_), kv);
+    for (int64_t h = 0; h < s.kv_heads; ++h) {
+      from_float(cache_type_, k + i * kv + h * d, to + 2 * h * plane, d);
+      from_float(cache_type_, v + i * kv + h * d, to + (2 * h + 1) * plane, d);
+    }
   });
-  const int64_t tokens = std::max<int64_t>(1, 24 / per), size = bytes_of(cache_type_);
+  const int64_t tokens = std::max<int64_t>(1, 24 / per);
   units_.clear();
   for (int64_t m = 0; m < batch.sequences; ++m)
     for (int64_t i = batch.starts[m]; i < batch.starts[m + 1]; i += tokens)
@@ -276,12 +281,15 @@ void Operator::attention(const Layer& layer, int64_t index, const Batch& batch, 
   attend(batch, Form{&units_, index, d, d, first_key,
                      [=](int64_t i, int64_t h) -> const float* { return q + (i * s.heads + h) * d; },
                      [=](int64_t h, const uint8_t* base, int64_t, float* buffer) {
-                       return read(base + h / per * d * size, buffer);
+                       return read(base + 2 * (h / per) * plane, buffer);
                      },
                      [=](int64_t h, const uint8_t* base, int64_t, float* buffer) {
-                       return read(base + (kv + h / per * d) * size, buffer);
+                       return read(base + (2 * (h / per) + 1) * plane, buffer);
                      },
-                     [=](const uint8_t* base) { fetch(base, 2 * kv * size); },
+                     [=](int64_t h, const uint8_t* base) {
+                       fetch(base + 2 * (h / per) * plane, d * size);
+                       fetch(base + (2 * (h / per) + 1) * plane, d * size);
+                     },
                      [=](int64_t i, int64_t h) { return out + (i * s.heads + h) * d; }});
   prepare(mid_, out, n, s.heads * d, layer.o->rounds_activations());
 }
@@ -366,7 +374,7 @@ void Operator::attention_mla(const Layer& layer, int64_t index, const Batch& bat
                        [=](int64_t i, int64_t h) -> const float* { return q_latent + (i * s.heads + h) * width; },
                        [=](int64_t, const uint8_t* base, int64_t, float* buffer) { return read(base, width, buffer); },
                        [=](int64_t, const uint8_t* base, int64_t, float* buffer) { return read(base, s.rank, buffer); },
-                       [=](const uint8_t* base) { fetch(base, width * size); },
+                       [=](int64_t, const uint8_t* base) { fetch(base, width * size); },
                        [=](int64_t i, int64_t h) { return latent + (i * s.heads + h) * s.rank; }});
     prepare(latent_rows_, latent, n * s.heads, s.rank, false);
     if (layer.kv_b->rounds_activations()) {
@@ -419,7 +427,7 @@ void Operator::attention_mla(const Layer& layer, int64_t index, const Batch& bat
                        [=](int64_t h, const uint8_t*, int64_t slot, float*) -> const float* {
                          return expanded + slot * wide + h * (s.nope + s.value) + s.nope;
                        },
-                       [](const uint8_t*) {},
+                       [](int64_t, const uint8_t*) {},
                        [=](int64_t i, int64_t h) { return out + (i * s.heads + h) * s.value; }});
   }
   prepare(mid_, out, n, s.heads * s.value, layer.o->rounds_activations());

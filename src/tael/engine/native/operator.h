@@ -77,7 +77,7 @@ class Operator {
   std::vector<DraftModule> drafts_;
   MatrixPtr embedding_, head_;
   const float* norm_ = nullptr;
-  // The cache: [layers, blocks, block size, width].
+  // The cache: [layers, blocks, block size, width]; for GQA a block's bytes are [key heads, 2, block size, head_dim].
   void* cache_ = nullptr;
   Type cache_type_ = Type::f32;
   int64_t blocks_ = 0, block_bits_ = 0;  // 2^block_bits_ slots a block
