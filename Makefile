@@ -40,8 +40,9 @@ lint: setup  ## style, types, and who may import whom
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports --no-cache
 
-bench: setup  ## run every benchmark of bench/, which write results/ and docs/results.md
-	@for program in $(filter-out bench/common.py bench/results_page.py,$(wildcard bench/*.py)) bench/results_page.py; do \
+bench: setup  ## run every benchmark of bench/, which write results/ and docs/results.md (builds llama.cpp, an hour)
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
+	@for program in $(filter-out bench/common.py bench/results_page.py bench/peer%,$(wildcard bench/*.py)) bench/results_page.py; do \
 	    echo "== $$program"; $(BIN)/python $$program || exit 1; done
 
 clean:  ## remove the virtual environment and caches; runs/ stays

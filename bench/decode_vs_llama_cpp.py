@@ -5,8 +5,8 @@
     python bench/decode_vs_llama_cpp.py --quick
 
 Tael and llama.cpp read the same GGUF file: the weights of the packaged SmolLM2, made Q4_0 by llama.cpp's own
-quantiser (embedding and head Q8_0). transformers has the same weights, once in bf16 and once in fp32. Each engine is a
-process of its own and sleeps while it is not its turn. Tael's figures go through Engine, that is with scheduling,
+quantiser (embedding and head Q8_0). transformers has the same weights, once in bf16 and once in fp32. Each engine is
+a process of its own and sleeps while it is not its turn. Tael's figures go through Engine, that is with scheduling,
 sampling and text; llama.cpp's through its C interface with argmax.
 """
 

@@ -3,12 +3,13 @@
     python bench/throughput.py              about six minutes on two idle cores
     python bench/throughput.py --quick
 
-SmolLM2-135M as Q4_0, the same file on both sides (as in bench/decode_vs_llama_cpp.py). Each client asks 32 tokens of its
-own after the shared ones and is answered with 64, greedily, all at once. llama.cpp's server program is in no package
-index; bench/peer_llama_cpp.py drives its library as that server does, all clients in one batch a step, in two ways:
+SmolLM2-135M as Q4_0, the same file on both sides (as in bench/decode_vs_llama_cpp.py). Each client asks 32 tokens of
+its own after the shared ones and is answered with 64, greedily, all at once. llama.cpp's server program is in no
+package index; bench/peer_llama_cpp.py drives its library as that server does, all clients in one batch a step, in two
+ways:
 
     slots         every slot reads its whole prompt, as the server's slots do when they are new
-    shared        the 1,024 tokens are read once and their cache is handed to all sequences, the most the library can do
+    shared        the 1,024 tokens are read once and their cache is handed to all, the most the library can do
 
 Seconds run from the first token read to the last token out; the cache starts empty in every round.
 """

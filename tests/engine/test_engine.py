@@ -10,7 +10,6 @@ import torch
 
 from tael.data import Tokenizer
 from tael.engine import Completion, Engine, SamplingParams
-
 from tael.engine.runner import TorchRunner
 from tael.errors import TaelError
 from tael.model import ModelConfig, Transformer, build_model
