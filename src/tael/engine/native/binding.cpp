@@ -118,8 +118,14 @@ at::Tensor pack_matrix(const std::string& scheme, const at::Tensor& codes, const
   const auto* lows = minimums ? static_cast<const uint16_t*>(minimums->data_ptr()) : nullptr;
   auto* to = packed.data_ptr<uint8_t>();
   py::gil_scoped_release release;
-  for (int64_t u = 0; u < m->units(); ++u)
-    pack(*m, from, factors, lows, in / scales.size(1), u, to + u * m->unit_bytes());
+  const int64_t units = m->units(), parts = std::min<int64_t>(units, std::thread::hardware_concurrency());
+  std::vector<std::thread> threads;
+  for (int64_t part = 0; part < parts; ++part)
+    threads.emplace_back([&, part] {
+      for (int64_t u = units * part / parts; u < units * (part + 1) / parts; ++u)
+        pack(*m, from, factors, lows, in / scales.size(1), u, to + u * m->unit_bytes());
+    });
+  for (auto& thread : threads) thread.join();
   return packed;
 }
 
