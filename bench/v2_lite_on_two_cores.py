@@ -132,10 +132,10 @@ def bytes_a_token(config: ModelConfig) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--alone", action="store_true", help="leave llama.cpp out")
-    parser.add_argument("--layers", type=int, default=27, help="fewer: shows that it runs, writes nothing")
+    parser.add_argument("--experts", type=int, default=64, help="fewer: shows that it runs, writes nothing")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
-    config = ModelConfig(**{**V2_LITE.__dict__, "num_hidden_layers": given.layers})
+    config = ModelConfig(**{**V2_LITE.__dict__, "n_routed_experts": given.experts})
     described = machine()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "v2-lite-random.gguf")

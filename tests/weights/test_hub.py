@@ -116,7 +116,7 @@ def remote() -> Iterator[tuple[FakeHub, str]]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield server.hub, f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+        yield server.hub, f"http://localhost:{server.server_port}"  # type: ignore[attr-defined]
     finally:
         server.shutdown()
         server.server_close()
@@ -241,11 +241,11 @@ def test_a_repository_without_safetensors(remote, cache):
 
 def test_no_network_is_one_line(cache, monkeypatch):
     with pytest.raises(TaelError, match="a-model: the Hugging Face hub is out of reach") as caught:
-        store.pull("a-model", endpoint="http://127.0.0.1:9")
+        store.pull("a-model", endpoint="http://localhost:9")
     assert "\n" not in str(caught.value)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TaelError, match=r"HF_HUB_OFFLINE is set|out of reach"):
-        store.pull("a-model", endpoint="http://127.0.0.1:9")
+        store.pull("a-model", endpoint="http://localhost:9")
 
 
 def test_the_network_that_goes_away(remote, cache):

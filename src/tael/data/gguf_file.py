@@ -12,6 +12,7 @@ takes a tenth of one here.
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,18 @@ class GGUFFile:
 
 class _DamagedError(Exception):
     """The file contradicts itself or the format; says what in a few words."""
+
+
+def forget(tensor: GGUFTensor) -> None:
+    """Hand the pages of a tensor that has been read back to the system, so that a file is not held beside its model."""
+    mapped = getattr(tensor.data, "_mmap", None)
+    if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = tensor.data.__array_interface__["data"][0] - np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (start + tensor.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def read_gguf(path: str | Path) -> GGUFFile:

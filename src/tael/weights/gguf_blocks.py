@@ -21,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from tael.data.gguf_file import GGUFTensor
+from tael.data.gguf_file import GGUFTensor, forget
 from tael.weights.quantize import QuantizedLinear, Scheme
 
 KEPT = (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0)
@@ -76,6 +76,7 @@ def read_blocks(tensor: GGUFTensor) -> Blocks:
             minimums[part] = _halves(data, 2)
         raw = data[..., 4 if minimums is not None else 2 :]
         codes[part] = _reordered(raw).flatten(1) if four else raw.contiguous().view(torch.int8).flatten(1)
+    forget(tensor)
     shape = tensor.shape[:-1]
     scheme: Scheme = "int4" if four else "int8"
     blocks = Blocks(scheme, codes, scales, minimums)
