@@ -316,3 +316,19 @@ def test_a_large_context_does_not_cost_its_memory() -> None:
     held = engine.pool.runner.cache_bytes
     assert held > 5e8
     assert psutil.Process().memory_info().rss - before < 0.2 * held
+
+
+def test_a_grammar_that_gives_up_fails_its_request(speaker: Transformer, tokenizer: Tokenizer) -> None:
+    """What came until then is not passed off as what was asked for."""
+    engine = Engine(speaker, tokenizer)
+    constraint = Constraint.regex("(brown fox){40}")
+    stop = tokenizer.eos_id
+    assert stop is not None
+    sequence = engine.submit(tokenizer.encode("The"), SamplingParams(60, constraint=constraint))
+    other = engine.submit(tokenizer.encode("The"), SamplingParams(10, temperature=0.0))
+    engine.step()
+    assert sequence.sampler.grammar is not None
+    sequence.sampler.grammar._matcher.consume_token(stop)  # not allowed there: as good as too complex
+    drain(engine)
+    assert sequence.finish_reason == "error" and (sequence.error or "").startswith("constraint: ")
+    assert other.finish_reason == "length"

@@ -205,3 +205,15 @@ def test_drafts_never_cost_anybody_a_place() -> None:
     plan = scheduler.schedule(lambda _: 3)
     assert [(w.sequence, w.drafts) for w in plan] == [(one, 0), (two, 0)]  # one block is left, drafts need two
     assert not scheduler.preemptions
+
+
+def test_clients_with_a_common_beginning_read_it_once() -> None:
+    """Arriving together, in one step's budget: the first reads, the others wait a step and find its blocks."""
+    model = random_model(GQA)
+    common = [(7 * i) % 60 for i in range(16)]
+    prompts = [[*common, i, i + 1, i + 2] for i in range(6)]
+    engine = Engine(model, block_size=4, token_budget=512)
+    together = engine.generate(prompts, SamplingParams(4, temperature=0.0))
+    assert engine.stats.cached_tokens == 5 * 16
+    for prompt, found in zip(prompts, together, strict=True):
+        assert found.tokens == Engine(model).generate([prompt], SamplingParams(4, temperature=0.0))[0].tokens

@@ -358,6 +358,9 @@ class Engine:
             sequence.top.append(top)
         sequence.sampler.accept(token)
         self.stats.generated_tokens += 1
+        grammar = sequence.sampler.grammar
+        if grammar is not None and grammar.fault:  # what was to come is no longer held to the constraint
+            return [self._fail(sequence, f"constraint: it became too complex to go on with ({grammar.fault})")]
         seen = sequence.watch.push(token)
         reason, text = seen.finish_reason, seen.text
         if reason is None and sequence.sampler.is_done:

@@ -110,19 +110,18 @@ class Scheduler:
         return stop - sequence.computed
 
     def _admit(self, budget: int, plan: list[Work]) -> None:
-        # A prompt that is being read right now, as in a group of samples of one problem, is worth a step's wait.
-        read = {self._prefix(s) for s in self.running if s.computed < s.prompt_length} - {None}
+        read = _Reading(self.running, self.blocks.block_size, self._prefix_cache != "off")
         for sequence in list(self.waiting):
             if not budget or len(self.running) >= self._max_batch:
                 return
-            if self._prefix(sequence) in read:
+            if read.has_most_of(sequence):
                 continue
             share = self._prefix_cache != "off"
             table = self.blocks.admit(sequence.tokens, len(self.running), sequence.salt, share)
             if table is None:
                 return  # in order: a long prompt is not overtaken for ever by short ones
             self._start(sequence, table)
-            read |= {self._prefix(sequence)} - {None}
+            read.add(sequence)
             budget -= self._piece(sequence, budget, plan)
 
     def _start(self, sequence: Sequence, table: list[int]) -> None:
@@ -136,14 +135,6 @@ class Scheduler:
         sequence.state = "running"
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda s: s.arrival)
-
-    def _prefix(self, sequence: Sequence) -> Hashable:
-        """What a sequence's whole blocks hold, or None when none of them is yet to be computed."""
-        size = self.blocks.block_size
-        end = (len(sequence.tokens) - 1) // size * size
-        if self._prefix_cache == "off" or not end or sequence.computed >= end:
-            return None
-        return sequence.salt, tuple(sequence.tokens[:end])
 
     def advance(self, sequence: Sequence, computed: int) -> None:
         """The first `computed` tokens now have entries; full blocks of them become shareable."""
@@ -190,3 +181,42 @@ class Scheduler:
         assert all(s.state == "waiting" and not s.table and not s.computed for s in self.waiting)
         arrivals = [s.arrival for s in self.running]
         assert arrivals == sorted(arrivals) and len(set(arrivals)) == len(arrivals)
+
+
+class _Reading:
+    """Prompts that are being read right now: who shares most of one is better served a step later, from the cache.
+
+    So a group of samples of one problem, or clients with one long system prompt, read it once.
+    """
+
+    def __init__(self, running: list[Sequence], block_size: int, shares: bool) -> None:
+        self._size, self._shares = block_size, shares
+        self._by_first_block: dict[Hashable, list[Sequence]] = {}
+        for sequence in running:
+            if sequence.computed < sequence.prompt_length:
+                self.add(sequence)
+
+    def add(self, sequence: Sequence) -> None:
+        if self._shares and len(sequence.tokens) > self._size:
+            self._by_first_block.setdefault(self._key(sequence), []).append(sequence)
+
+    def has_most_of(self, sequence: Sequence) -> bool:
+        """Whether blocks now being read make up half or more of what `sequence` would otherwise have to read."""
+        if not self._shares or len(sequence.tokens) <= self._size:
+            return False
+        for other in self._by_first_block.get(self._key(sequence), ()):
+            shared = self._common(sequence.tokens, other.tokens)
+            known = min(other.computed, shared)
+            if shared > known and 2 * (shared - known) >= len(sequence.tokens) - known:
+                return True
+        return False
+
+    def _key(self, sequence: Sequence) -> Hashable:
+        return sequence.salt, tuple(sequence.tokens[: self._size])
+
+    def _common(self, one: list[int], other: list[int]) -> int:
+        """Tokens of the whole blocks with which both begin, the last token of `one` left out."""
+        size, at = self._size, 0
+        while at + size < len(one) and at + size <= len(other) and one[at : at + size] == other[at : at + size]:
+            at += size
+        return at
