@@ -188,14 +188,19 @@ def test_kept_codes_are_lossless(tokenizer, tmp_path, config, kind):
     write_as(tmp_path / "q.gguf", tmp_path / "f.gguf", {"": kind, "token_embd": Kind.Q8_0, "attn_k_b": Kind.F16})
     floats, kept = load_gguf(tmp_path / "q.gguf"), load_gguf(tmp_path / "q.gguf", keep_quantised=True)
     linears = [m for m in kept.modules() if isinstance(m, QuantizedLinear)]
+    tied = kept.config.tie_word_embeddings
     assert isinstance(kept.embed_tokens, QuantizedEmbedding) and isinstance(kept.lm_head, QuantizedLinear)
-    assert len(linears) >= 2 * 7 and {m.scheme for m in linears} <= {"int4", "int8"}
+    assert len(linears) >= 2 * 7 and {m.scheme for m in linears} <= {"int4", "int8", "w8a8"}
+    assert kept.lm_head.scheme == ("int4" if kind in (Kind.Q4_0, Kind.Q4_1) and not tied else "w8a8")
     for name, weight in floats.named_parameters():
         where, _, leaf = name.rpartition(".")
         module = kept.get_submodule(where)
         if isinstance(module, QuantizedExperts):
             stack = module.gate_up if leaf == "gate_up_proj" else module.down
             assert torch.equal(stack.dequantize(), weight), name
+        elif where.endswith("kv_b_proj"):  # stored split and transposed: rounded anew
+            assert isinstance(module, QuantizedLinear) and module.scheme == "int8"
+            assert (module.weight - weight).norm() < 0.01 * weight.norm()
         else:
             assert torch.equal(getattr(module, leaf), weight), name
 

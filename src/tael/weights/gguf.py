@@ -3,11 +3,13 @@
     model = load_gguf("model.gguf")                        every tensor dequantised
     model = load_gguf("model.gguf", keep_quantised=True)   Q4_0, Q4_1, Q8_0 -> QuantizedLinear and its kin, losslessly
 
-`gguf.quants` undoes what is not kept (K-quants and others); kept codes give the same floats bit for bit.
+`gguf.quants` undoes what is not kept (K-quants and others); kept codes give the same floats bit for bit. Only
+kv_b_proj is rounded anew.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,9 @@ from tael.data.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from tael.errors import TaelError
 from tael.model.config import ModelConfig
 from tael.model.transformer import Transformer
-from tael.weights.gguf_blocks import KEPT, Blocks, read_blocks
+from tael.weights.gguf_blocks import BLOCK, KEPT, Blocks, read_blocks
 from tael.weights.gguf_layout import Source, read_config, sources, to_halves
-from tael.weights.quantize import QuantizedEmbedding, QuantizedExperts
+from tael.weights.quantize import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, is_quantized
 
 _BIAS = "e_score_correction_bias"
 _IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -40,8 +42,10 @@ def load_gguf(
 
     Floats become `dtype` (the router's selection bias fp32). With `keep_quantised`, linear layers, the int8 embedding
     and experts stored as Q4_0, Q4_1 or Q8_0 become quantised modules with the same codes and scales; anything else is
-    dequantised. Raises TaelError, one line naming file and tensor, for a file that is damaged, incomplete, of another
-    architecture, or holds a type that cannot be dequantised.
+    dequantised, except that beside kept codes kv_b_proj, which most files hold split and transposed, is rounded to
+    int8. A head of int8 codes is "w8a8": llama.cpp rounds its activations too. Raises TaelError, one line naming file
+    and tensor, for a file that is damaged, incomplete, of another architecture, or holds a type that cannot be
+    dequantised.
     """
     file = read_gguf(path)
     divisors = _floats(file, file.tensors["rope_freqs.weight"]) if "rope_freqs.weight" in file.tensors else None
@@ -60,6 +64,8 @@ def load_gguf(
             continue
         state[source.parameter] = loader.read(source, expected[source.parameter])
     state |= loader.place_experts(model)
+    if is_quantized(model):
+        _round_kv_b(model, state)
     unexpected = sorted(set(file.tensors) - used)
     if unexpected and not _is_extra_layer(unexpected[0], config):
         raise TaelError(f"{file.path}: unexpected tensor '{unexpected[0]}'; this model has parts Tael does not know")
@@ -160,6 +166,8 @@ class _Loader:
             return True
         module = model.get_submodule(where)
         if isinstance(module, nn.Linear):
+            if where == "lm_head" and blocks.scheme == "int8":
+                blocks = dataclasses.replace(blocks, scheme="w8a8")
             _replace(model, where, blocks.linear(None if module.bias is None else module.bias.detach()))
         elif isinstance(module, nn.Embedding) and blocks.scheme == "int8":
             _replace(model, where, QuantizedEmbedding(blocks.codes, blocks.scales, dtype=self.dtype))
@@ -190,12 +198,19 @@ def _replace(model: Transformer, where: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
+def _round_kv_b(model: Transformer, state: dict[str, Tensor]) -> None:
+    """Every kv_b_proj that was read as floats, in int8: decoding reads it whole at every step."""
+    for name in [name for name in state if name.endswith(".kv_b_proj.weight")]:
+        if state[name].shape[1] % BLOCK == 0:
+            _replace(model, name.removesuffix(".weight"), QuantizedLinear.from_float(state.pop(name), "int8", BLOCK))
+
+
 def _assemble(model: Transformer, state: dict[str, Tensor]) -> Transformer:
     model.load_state_dict(state, strict=False, assign=True)
     if model.config.tie_word_embeddings:
         table = model.embed_tokens
         if isinstance(table, QuantizedEmbedding):
-            _replace(model, "lm_head", table.head())
+            _replace(model, "lm_head", table.head("w8a8"))
         else:
             model.lm_head.weight = table.weight
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]

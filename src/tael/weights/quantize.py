@@ -3,9 +3,9 @@
     report = quantize_model(model, "int4")                              round to nearest
     report = quantize_model(model, "int4", calibration=rows)            GPTQ (tael.weights.gptq), for int4 layers
 
-Not every layer takes the chosen scheme. Norms and router gates stay as they are. Under int4 the embedding, the head
-and kv_b_proj are int8: they are read a row at a time, or decide between tens of thousands of words, or are multiplied
-out twice (absorbed), and are small. `mixed` changes that by layer type:
+Not every layer takes the chosen scheme. Norms and router gates stay as they are. Under int4 the embedding and
+kv_b_proj are int8 and the head w8a8: they are read a row at a time, or are multiplied out twice (absorbed), or decide
+between tens of thousands of words, and are small. `mixed` changes that by layer type:
 
     quantize_model(model, "int4", mixed={"attention": "int8", "head": "w8a8", "experts": "float"})
 """
@@ -66,7 +66,7 @@ LAYER_TYPES = (
 
 _ASKED = "asked for"
 _ALWAYS: dict[str, Choice] = {"embedding": "int8", "kv_b_proj": "int8"}
-_INT4: dict[str, Choice] = {**_ALWAYS, "head": "int8"}
+_INT4: dict[str, Choice] = {**_ALWAYS, "head": "w8a8"}
 
 
 class Target(NamedTuple):
