@@ -283,6 +283,26 @@ def test_mixed_choices_and_what_stays_float() -> None:
     assert torch.isfinite(model(tokens_of(SMALL))).all()
 
 
+def test_single_matrices_may_be_named() -> None:
+    model = model_of(QWEN)
+    quantize_model(model, "int4", mixed={"v_proj": "w8a8", "down_proj": "int8"})
+    layer = model.layers[0]
+    assert (layer.self_attn.v_proj.scheme, layer.self_attn.q_proj.scheme) == ("w8a8", "int4")
+    assert (layer.mlp.down_proj.scheme, layer.mlp.up_proj.scheme) == ("int8", "int4")
+
+
+@pytest.mark.parametrize(
+    ("mixed", "schemes"),
+    [(None, ("w8a8", "w8a8")), ({"attention": "int4"}, ("int4", "w8a8")), ({"down_proj": "int4"}, ("w8a8", "int4"))],
+)
+def test_calibrated_int4_keeps_the_sensitive_matrices_in_8_bits(mixed: dict | None, schemes: tuple[str, str]) -> None:
+    model = model_of(QWEN)
+    quantize_model(model, "int4", mixed=mixed, calibration=tokens_of(QWEN))
+    layer = model.layers[0]
+    assert (layer.self_attn.v_proj.scheme, layer.mlp.down_proj.scheme) == schemes
+    assert layer.self_attn.q_proj.scheme == "int4"
+
+
 @pytest.mark.parametrize(
     ("config", "options", "said"),
     [

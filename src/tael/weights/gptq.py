@@ -153,7 +153,7 @@ class Grid:
 
     def linear(self, weight: Tensor, hessian: Tensor, bias: Tensor | None = None) -> QuantizedLinear:
         """`weight` rounded under `hessian`."""
-        codes, scales, minimums = gptq(weight, hessian, self.group, asymmetric=self.asymmetric)
+        codes, scales, minimums = gptq(weight, hessian, self.group, asymmetric=self.asymmetric, act_order=True)
         return QuantizedLinear("int4", pack_int4(codes), scales, minimums, bias, self.group)
 
 

@@ -7,7 +7,7 @@ Not every layer takes the chosen scheme. Norms and router gates stay as they are
 kv_b_proj are int8 and the head w8a8: they are read a row at a time, or are multiplied out twice (absorbed), or decide
 between tens of thousands of words, and are small. `mixed` changes that by layer type:
 
-    quantize_model(model, "int4", mixed={"attention": "int8", "head": "w8a8", "experts": "float"})
+    quantize_model(model, "int4", mixed={"attention": "int8", "v_proj": "w8a8", "experts": "float"})
 """
 
 from __future__ import annotations
@@ -63,6 +63,16 @@ LAYER_TYPES = (
     "eh_proj",
 )
 """What `mixed` may name. MTP blocks' layers count as their types; "eh_proj" is the projection before each of them."""
+
+FINER = {"v_proj": ("attention",), "down_proj": ("feed_forward", "shared_experts")}
+"""Single matrices of these types that `mixed` may name too; unnamed, they take what their type takes."""
+
+CALIBRATED: dict[str, Choice] = {"v_proj": "w8a8", "down_proj": "w8a8"}
+"""What int4 with calibration leaves in 8 bits unless `mixed` names the matrix or its type.
+
+SmolLM2-135M, group 32, 4,096 tokens of calibration: 1.2586 held-out bits per byte against 1.2432 in float, +1.24%, at
+5.63 bits a weight in the layers (6.24 with the 8-bit embedding).
+"""
 
 _ASKED = "asked for"
 _ALWAYS: dict[str, Choice] = {"embedding": "int8", "kv_b_proj": "int8"}
@@ -129,10 +139,14 @@ def quantize_model(
     """Replace the weights of `model` by quantised modules, in place; a float weight is freed once it is replaced.
 
     `calibration` [rows, length] int64: token ids (`tael.weights.gptq.calibration_rows`) on which int4 layers are
-    rounded by GPTQ; None rounds to nearest. `asymmetric` gives int4 layers minimums, half a bit a weight more at
+    rounded by GPTQ, and v_proj and down_proj of dense layers stay in 8 bits (`CALIBRATED`); None rounds to nearest,
+    everything to int4. `asymmetric` gives int4 layers minimums, half a bit a weight more at
     group 32, for less error. `progress` is told a line a layer. Raises TaelError for an unknown scheme or layer type,
     a model quantised already, a weight that is not finite, and calibration without an int4 layer.
     """
+    if calibration is not None and scheme == "int4":
+        named = mixed or {}
+        mixed = {leaf: c for leaf, c in CALIBRATED.items() if named.keys().isdisjoint(FINER[leaf])} | dict(named)
     plan = targets(model, scheme, group, mixed)
     tally = Tally(model, plan)
     model.requires_grad_(False)
@@ -181,7 +195,8 @@ def targets(
         if not widths:
             continue
         type_ = _type_of(name)
-        choice = chosen[type_]
+        leaf = name.rpartition(".")[2]
+        choice = chosen.get(leaf, chosen[type_]) if type_ in FINER.get(leaf, ()) else chosen[type_]
         if choice == "float":
             found.append(Target(name, type_, None, _ASKED))
         elif group < ACTIVATION_GROUP or group % ACTIVATION_GROUP:
@@ -196,9 +211,10 @@ def targets(
 def _choices(scheme: Scheme, mixed: Mapping[str, str]) -> dict[str, Choice]:
     chosen: dict[str, Choice] = dict.fromkeys(LAYER_TYPES, scheme)
     chosen |= _INT4 if scheme == "int4" else _ALWAYS
+    known = (*LAYER_TYPES, *FINER)
     for type_, choice in mixed.items():
-        if type_ not in LAYER_TYPES:
-            raise TaelError(f"mixed quantisation: no layer type '{type_}'{did_you_mean(type_, LAYER_TYPES)}")
+        if type_ not in known:
+            raise TaelError(f"mixed quantisation: no layer type '{type_}'{did_you_mean(type_, known)}")
         if choice not in (*SCHEMES, "float"):
             raise TaelError(f"mixed quantisation: '{choice}' for {type_} is none of {', '.join(SCHEMES)}, float")
         chosen[type_] = choice  # type: ignore[assignment]
