@@ -3,7 +3,8 @@
     loaded = load("smollm2-135m", notify=print)
     engine = loaded.engine(context=4096)
 
-A .gguf file keeps its 4 and 8-bit codes; a folder can be quantised while it is read. Where the C++ operator can be
+A large .gguf file keeps its 4 and 8-bit codes, a small one is read as floats; a folder can be quantised while it is
+read. Where the C++ operator can be
 had and pays, it runs the passes.
 """
 
@@ -42,6 +43,10 @@ Notify = Callable[[str], None]
 WORTH_COMPILING = 20_000_000
 """Parameters from which a float model is worth the minute that compiling the operator takes. A smaller one takes the
 operator where it is compiled already."""
+SMALL_FILE = 500_000_000
+"""Bytes up to which a .gguf file's codes become floats unless asked to be kept: products of codes round activations to
+8 bits, which large models bear and small ones do not (SmolLM2-135M then calls the capital of France "L'Étoile", in
+llama.cpp too), and a small model is fast enough without."""
 USUAL_CONTEXT = 8192
 """Tokens of a conversation unless more are asked for; a model may allow a hundred times as many."""
 
@@ -102,7 +107,9 @@ def load(
     what takes long. Raises TaelError in one line for what cannot be.
     """
     place = find_model(name)
-    model = load_transformer(place, device, quantize, map_experts, notify, keep_quantised=True)
+    model = load_transformer(place, device, quantize, map_experts, notify)
+    if backend != "torch" and is_gguf(place) and not is_quantized(model) and _is_half(place, model):
+        model = model.half()  # the operator reads fp16 and multiplies in fp32; torch on a CPU would multiply in fp16
     from tael import load_tokenizer
 
     settings = EngineSettings(
@@ -128,9 +135,11 @@ def load_transformer(
     quantize: str | None = None,
     map_experts: bool = False,
     notify: Notify = lambda line: None,
-    keep_quantised: bool = False,
 ) -> Transformer:
-    """The model in a folder or .gguf file, quantised on the way where asked for; raises TaelError."""
+    """The model in a folder or .gguf file, quantised on the way where asked for ("keep": the file's own codes).
+
+    Raises TaelError.
+    """
     import tael
 
     where = choose_device(device)
@@ -140,13 +149,29 @@ def load_transformer(
                 "--map-experts reads a model folder on the CPU as it is: leave --quantize and --device out"
             )
         return load_mapped(place, notice=notify)
-    if quantize is None:
-        return tael.load_model(place, str(where), keep_quantised=keep_quantised)
+    if quantize == "keep" and not is_gguf(place):
+        raise TaelError("--quantize keep is for .gguf files, which hold codes; choose int4, int8 or w8a8")
+    if quantize in (None, "keep"):
+        keep = quantize == "keep" or (is_gguf(place) and place.stat().st_size > SMALL_FILE)
+        return tael.load_model(place, str(where), keep_quantised=keep)
     if is_gguf(place):
         model = tael.load_model(place, str(where))
         quantize_model(model, quantize)  # type: ignore[arg-type]
         return model
     return load_quantized(place, quantize, device=where, progress=notify if _is_large(place) else None)[0]  # type: ignore[arg-type]
+
+
+def _is_half(file: Path, model: Transformer) -> bool:
+    """Whether the operator will run the model, and the file holds no more than two bytes a weight."""
+    from tael.engine.native import available
+    from tael.engine.native.weights import check_shape
+
+    try:
+        check_shape(model.config)
+    except TaelError:
+        return False
+    on_cpu = model.norm.weight.device.type == "cpu"
+    return on_cpu and available() and file.stat().st_size < 2.2 * model.config.parameters()
 
 
 def _is_large(folder: Path) -> bool:

@@ -21,11 +21,12 @@ PRICE = 0.08
 
 
 class Scheme(StrEnum):
-    """Types to which weights are rounded while they are read."""
+    """Types to which weights are rounded while they are read; keep: a .gguf file's own codes, whatever its size."""
 
     int4 = "int4"
     int8 = "int8"
     w8a8 = "w8a8"
+    keep = "keep"
 
 
 class Backend(StrEnum):
@@ -52,7 +53,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 _ENGINE, _ANSWER, _SAMPLING = "How it runs", "What the answer looks like", "How it is drawn"
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_ENGINE)]
 Quantize = Annotated[
-    Scheme | None, typer.Option(help="Round the weights while they are read.", rich_help_panel=_ENGINE)
+    Scheme | None,
+    typer.Option(
+        help="Round the weights while they are read; keep: a .gguf file's own codes.", rich_help_panel=_ENGINE
+    ),
 ]
 BackendOption = Annotated[
     Backend, typer.Option("--backend", help="native: the C++ operator; auto: where it pays.", rich_help_panel=_ENGINE)

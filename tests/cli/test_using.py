@@ -119,9 +119,13 @@ def test_quantised_on_load(call, model, asked):
     assert call("complete", model, "What", "--quantize", "int3", *options).exit_code == 2
 
 
-def test_a_gguf_file_keeps_its_codes_and_can_be_quantised(model, tmp_path):
+def test_a_gguf_file_can_keep_its_codes_and_be_quantised(model, tmp_path, monkeypatch, fails):
     save_gguf(load_model(model), tmp_path / "m.gguf", load_tokenizer(model), "q8_0")
+    assert is_quantized(load(str(tmp_path / "m.gguf"), backend="torch", quantize="keep").model)
+    assert not is_quantized(load(str(tmp_path / "m.gguf"), backend="torch").model)  # small: as floats
+    monkeypatch.setattr("tael.loading.SMALL_FILE", 1000)
     assert is_quantized(load(str(tmp_path / "m.gguf"), backend="torch").model)
+    assert "--quantize keep is for .gguf files" in fails("complete", model, "x", "--quantize", "keep")
     save_gguf(load_model(model), tmp_path / "f.gguf", load_tokenizer(model), "f16")
     assert not is_quantized(load(str(tmp_path / "f.gguf"), backend="torch").model)
     assert is_quantized(load(str(tmp_path / "f.gguf"), backend="torch", quantize="int8").model)
