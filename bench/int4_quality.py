@@ -89,7 +89,7 @@ def smol_subject() -> Subject:
     pairs = zip(documents(DataSettings(sources=["wikitext-2"])), other_chat, strict=False)
     training = [d if len(d.text) < 4000 else Document(d.text[:4000], d.source) for d in chain.from_iterable(pairs)]
     model, tokenizer = load_gguf(path), load_gguf_tokenizer(path)
-    return Subject("SmolLM2-135M-Instruct", model, tokenizer, held_out, training, 16, 256)
+    return Subject("SmolLM2-135M-Instruct", model, tokenizer, held_out, training, 28, 256)
 
 
 def _progress(line: str) -> None:
