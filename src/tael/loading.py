@@ -44,9 +44,9 @@ WORTH_COMPILING = 20_000_000
 """Parameters from which a float model is worth the minute that compiling the operator takes. A smaller one takes the
 operator where it is compiled already."""
 SMALL_FILE = 500_000_000
-"""Bytes up to which a .gguf file's codes become floats unless asked to be kept: products of codes round activations to
-8 bits, which large models bear and small ones do not (SmolLM2-135M then calls the capital of France "L'Étoile", in
-llama.cpp too), and a small model is fast enough without."""
+"""Bytes up to which a .gguf file's codes become floats unless asked to be kept: products of codes round activations
+to 8 bits, which large models bear and small ones do not (SmolLM2-135M then calls the capital of France "L'Étoile",
+in llama.cpp too), and a small model is fast enough without."""
 USUAL_CONTEXT = 8192
 """Tokens of a conversation unless more are asked for; a model may allow a hundred times as many."""
 

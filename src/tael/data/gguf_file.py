@@ -104,11 +104,13 @@ class _DamagedError(Exception):
 
 
 def forget(tensor: GGUFTensor) -> None:
-    """Hand the pages of a tensor that has been read back to the system, so that a file is not held beside its model."""
+    """Hand the pages of a tensor that has been read back to the system: a file is not held beside its model."""
     mapped = getattr(tensor.data, "_mmap", None)
     if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    start = tensor.data.__array_interface__["data"][0] - np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    start = (
+        tensor.data.__array_interface__["data"][0] - np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    )
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (start + tensor.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
     if length > 0:
