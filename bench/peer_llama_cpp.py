@@ -15,14 +15,16 @@ from peers import prompt_tokens, serve
 class Engine:
     """A model and one context, single sequences or several at a time."""
 
-    def setup(self, model: str, threads: int = 2, context: int = 4096, sequences: int = 1) -> dict[str, Any]:
+    def setup(
+        self, model: str, threads: int = 2, context: int = 4096, sequences: int = 1, unified: bool = True
+    ) -> dict[str, Any]:
         lib.llama_log_set(_SILENT, ctypes.c_void_p(0))
         lib.llama_backend_init()
         self.model = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, 2048, 512
         params.n_threads = params.n_threads_batch = threads
-        params.n_seq_max, params.kv_unified = sequences, True
+        params.n_seq_max, params.kv_unified = sequences, unified
         self.context = lib.llama_init_from_model(self.model, params)
         self.memory = lib.llama_get_memory(self.context)
         self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))

@@ -66,16 +66,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = requantise(resolve("smollm2-135m"), Path(folder, "q4_0.gguf"))
         ours = Tael(path)
-        peer = Peer("llama_cpp", model=str(path), context=CLIENTS * (PREFIX + OWN + TOKENS + 32), sequences=CLIENTS)
-        seconds: dict[str, list[float]] = {"Tael": [], "llama.cpp, slots": [], "llama.cpp, shared": []}
+        size = CLIENTS * (PREFIX + OWN + TOKENS + 32)
+        # Slots each have a stretch of the cache of their own, as the server's; to be shared it has to be one.
+        peers = {
+            f"llama.cpp, {way}": Peer("llama_cpp", model=str(path), context=size, sequences=CLIENTS, unified=share)
+            for way, share in (("slots", False), ("shared", True))
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ("Tael", *peers)}
         ours.clients(2)  # what is compiled or packed at first use
         for _ in range(rounds):
             seconds["Tael"].append(ours.clients(CLIENTS))
-            for name, share in (("llama.cpp, slots", False), ("llama.cpp, shared", True)):
+            for name, peer in peers.items():
+                share = name.endswith("shared")
                 done = peer.do("clients", prefix=PREFIX, own=OWN, tokens=TOKENS, clients=CLIENTS, share=share)
                 seconds[name].append(done["seconds"])
-        version = peer.described["version"]
-        peer.__exit__()
+        version = peers["llama.cpp, slots"].described["version"]
+        for peer in peers.values():
+            peer.__exit__()
     rows = []
     for name, values in seconds.items():
         ratio = ratios(values, seconds["Tael"])
