@@ -29,6 +29,7 @@ from tael.preparation import LEDGER, Prepared, check_recipe, open_directory, pre
 from tael.recipe import Recipe, StageSettings
 from tael.stages import plan_stage
 from tael.train import Parallel, StageResult, Trainer, TrainerSetup, choose_device
+from tael.train.precision import choose_precision
 from tael.weights import load_model, resolve, save_model
 
 
@@ -113,6 +114,7 @@ def run_stage(
             reporter.evaluated(step, metrics)
         return metrics
 
+    peak = prepared.peak_flops(choose_precision(settings.precision, parallel.device))
     setup = TrainerSetup(
         directory,
         plan.steps,
@@ -120,10 +122,10 @@ def run_stage(
         parallel,
         plan.micro_batches,
         plan.bias_update_speed,
-        prepared.peak_flops(settings.precision),
+        peak,
         evaluate,
         reporter.step,
-        costs.segment(name, kind, prepared.peak_flops(settings.precision)),
+        costs.segment(name, kind, peak),
     )
     trainer = Trainer(model, plan.source, plan.objective, setup)
     reporter.stage(name, kind, plan.steps, trainer.resume())

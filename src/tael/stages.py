@@ -26,7 +26,7 @@ from tael.rl.rollout import Rollouts, stop_ids
 from tael.rl.tasks import Problem, problems
 from tael.train import LanguageModelling, LoaderSource
 from tael.train.objective import Objective
-from tael.train.precision import Twin
+from tael.train.precision import Twin, compute_dtype
 from tael.train.trainer import Source
 
 TEST_SEED = 20_250_120
@@ -184,7 +184,7 @@ def _reference(settings: RlSettings, model: Transformer, device: torch.device) -
     """A frozen copy of the policy the stage starts from, when a KL term asks for one."""
     if not settings.kl_weight:
         return None
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    dtype = compute_dtype(settings.precision, device)
     return Twin(copy.deepcopy(model).to(device), dtype).compute.requires_grad_(False)
 
 

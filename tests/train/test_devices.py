@@ -15,6 +15,7 @@ from tael.model import ModelConfig, Transformer
 from tael.train.balance import expert_load, sequence_balance_loss
 from tael.train.losses import linear_cross_entropy
 from tael.train.parallel import choose_device
+from tael.train.precision import choose_precision
 
 
 def test_auto_takes_cuda_when_it_is_there(monkeypatch):
@@ -70,3 +71,13 @@ def test_a_training_pass_stays_on_its_device(model_type):
     assert hidden.shape == (2, 16, config.hidden_size)
     assert len(routing) == (0 if model_type == "qwen2" else 1)
     assert all(p.grad is not None and p.grad.device.type == "meta" for p in model.parameters())
+
+
+def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for able, wanted in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
+        assert choose_precision("auto", cpu) == wanted
+        assert choose_precision("bf16", cpu) == "bf16" and choose_precision("fp32", cpu) == "fp32"

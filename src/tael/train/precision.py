@@ -8,12 +8,37 @@ Against autocast this saves a cast of every weight at every use.
 from __future__ import annotations
 
 import copy
+import platform
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tael.model.moe import Router
 from tael.model.transformer import Transformer
+
+Precision = Literal["bf16", "fp32"]
+
+
+def choose_precision(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> Precision:
+    """What "auto" means on `device`: bf16 where it is multiplied in hardware, else fp32.
+
+    A CPU that has to emulate it is fifty times slower in bf16 than in fp32 (the demo's first step on a Zen 3: 77 s).
+    The choice follows the hardware's features, not a measurement, so that the same machine gives the same bits.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu":
+        able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if able or platform.machine() in ("arm64", "aarch64") else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16"
+
+
+def compute_dtype(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
+    """The type a stage's forward and backward pass run in."""
+    return torch.bfloat16 if choose_precision(wanted, device) == "bf16" else torch.float32
 
 
 class Twin:

@@ -31,7 +31,7 @@ from tael.train.checkpoint import load_latest, save_checkpoint
 from tael.train.objective import Objective
 from tael.train.optim import Optimizer
 from tael.train.parallel import Parallel
-from tael.train.precision import Twin
+from tael.train.precision import Twin, compute_dtype
 from tael.train.schedule import learning_rate_factor
 
 
@@ -109,8 +109,8 @@ class Trainer:
 
     def __init__(self, model: Transformer, source: Source, objective: Objective, setup: TrainerSetup) -> None:
         settings, self.setup, self.objective = setup.settings, setup, objective
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         parallel = setup.parallel
+        dtype = compute_dtype(settings.precision, parallel.device)
         model.to(parallel.device)
         self.model = parallel.shard(model, dtype)
         # Under fully_shard the mixed-precision policy is the twin.
