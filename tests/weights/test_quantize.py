@@ -293,7 +293,12 @@ def test_single_matrices_may_be_named() -> None:
 
 @pytest.mark.parametrize(
     ("mixed", "schemes"),
-    [(None, ("w8a8", "int4")), ({"attention": "int4"}, ("int4", "int4")), ({"down_proj": "int8"}, ("w8a8", "int8"))],
+    [
+        (None, ("w8a8", "w8a8")),
+        ({"attention": "int4"}, ("int4", "w8a8")),
+        ({"down_proj": "int8"}, ("w8a8", "int8")),
+        ({"feed_forward": "int4"}, ("w8a8", "int4")),
+    ],
 )
 def test_calibrated_int4_keeps_the_sensitive_matrices_in_8_bits(mixed: dict | None, schemes: tuple[str, str]) -> None:
     model = model_of(QWEN)
