@@ -88,7 +88,7 @@ inline void weigh_row(const float* const* p, const float* const* v, int64_t keys
 // One chunk for `rows` queries: keys first..last, of which row r sees those below limit[r].
 // key(i, buffer) and value(i, buffer) return the fp32 values of slot first + i, in `buffer` where they had to be converted.
 // ahead(i) asks for that slot's memory before it is needed: a sequence's entries lie too far apart for the processor to
-// foresee, and have left the caches since the last token (attention at 150 keys: 0.8 to 0.3 ms of a 3 ms pass).
+// foresee, and have left the caches since the last token.
 // parts[r] and values[r] [dv] are set.
 template <class Key, class Value, class Ahead>
 void attend_chunk(int64_t rows, const float* const* q, const int64_t* limit, int64_t first, int64_t last, int64_t dk,

@@ -27,10 +27,9 @@ from tael.errors import TaelError
 
 NAME = "tael_operator"
 SOURCES = ("operator.cpp", "binding.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-ffp-contract=off", "-fno-tree-reassoc")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-ffp-contract=off")
 """Contraction is off so that only the fused multiply-adds written down are fused: results do not hang on the
-compiler. Without reassociation integer sums stay in the order written, else gcc 12 keeps all products of a group
-alive and spills them (twice slower)."""
+compiler."""
 
 NEEDED = ("avx2", "fma", "f16c")
 _FOLDER = Path(__file__).parent
