@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import quants
+from gguf.constants import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -194,6 +196,17 @@ def test_activations_have_255_levels() -> None:
     levels = rounded.view(3, 2, 32) / scale
     assert torch.allclose(levels, levels.round(), atol=1e-4) and float(levels.abs().max()) <= 127.001
     assert not round_activations(torch.zeros(2, 32)).any()
+
+
+def test_eight_bits_are_those_of_q8_0() -> None:
+    """Weights and activations against the gguf package's Q8_0: scales in fp16, halves rounded away from zero."""
+    x = normal(16, 256)
+    stored = quants.quantize(x.numpy(), GGMLQuantizationType.Q8_0)
+    theirs = torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType.Q8_0))
+    step = x.view(16, 8, 32).abs().amax(-1, keepdim=True).expand(16, 8, 32).reshape(16, 256) / 127
+    for mine in (QuantizedLinear.from_float(x, "int8").dequantize(), round_activations(x)):
+        error = (mine - theirs).abs() / step
+        assert error.mean() < 0.03 and error.max() < 1.1  # a code apart where one lies between two
 
 
 def test_experts_are_those_of_the_values() -> None:
