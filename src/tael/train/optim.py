@@ -1,9 +1,9 @@
 """Optimisers: Muon for the matrices, AdamW for embedding, head, router, norms and biases.
 
 Muon (Jordan et al. 2024; as in Moonlight and DeepSeek-V4): the momentum of each matrix is replaced by the nearest
-semi-orthogonal matrix, found by Newton-Schulz iterations in bf16, and scaled to a root-mean-square update of 0.2
-times sqrt(max(rows, columns)) over rank, so that AdamW's rates and weight decay carry over. Stacked experts [E, O, I]
-are E matrices.
+semi-orthogonal matrix, found by Newton-Schulz iterations (in bf16 where the hardware has it), and scaled to a
+root-mean-square update of 0.2 times sqrt(max(rows, columns)) over rank, so that AdamW's rates and weight decay carry
+over. Stacked experts [E, O, I] are E matrices.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tael.recipe import OptimizerSettings
+from tael.train.precision import compute_dtype
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic Newton-Schulz coefficients that push singular values towards 1 fastest (Jordan et al. 2024)."""
@@ -26,14 +27,14 @@ UPDATE_RMS = 0.2
 def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
     """Nearest semi-orthogonal matrix to each of `matrices` [n, r, c], roughly: singular values about 0.7 to 1.2."""
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(compute_dtype("auto", matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        # Fused, so that the sums are rounded to bf16 once: half the error of separate operations.
+        # Fused, so that the sums are rounded once: half the error of separate operations.
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).float()
 
@@ -81,7 +82,7 @@ class Muon(torch.optim.Optimizer):
             direction = parameter.grad.lerp(buffer, group["momentum"])  # Nesterov
             full = direction.full_tensor() if isinstance(direction, DTensor) else direction
             rows, columns = full.shape[-2:]
-            directions.append(full.reshape(-1, rows // group["stacked"], columns).bfloat16())
+            directions.append(full.reshape(-1, rows // group["stacked"], columns))
         updates = orthogonalise(torch.cat(directions), group["steps"])
         scale = UPDATE_RMS * max(updates.shape[-2:]) ** 0.5
         for parameter, update in zip(parameters, updates.split([len(d) for d in directions]), strict=True):
