@@ -19,6 +19,8 @@ from tael.errors import TaelError
 from tael.model import ModelConfig, Transformer, build_model
 from tael.weights.quantize import QuantizedEmbedding, QuantizedLinear, quantize_model
 
+from .conftest import random_model
+
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"the operator needs {obstacle()}")
 
 COMMON: dict[str, Any] = {
@@ -61,15 +63,6 @@ SHAPES = {
 }
 BLOCK = 4
 BLOCKS = 200
-
-
-def random_model(config: ModelConfig, seed: int = 3) -> Transformer:
-    model = build_model(config, seed=seed, zero_residual=False)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
@@ -306,6 +299,11 @@ def test_nothing_is_read_astray(part: Any, message: str) -> None:
 def test_shapes_it_does_not_take() -> None:
     with pytest.raises(TaelError, match="head_dim to be a multiple of 8, not 12"):
         check_shape(dataclasses.replace(SHAPES["llama"], head_dim=12))
+
+
+def test_block_sizes_it_does_not_take() -> None:
+    with pytest.raises(TaelError, match="block_size that is a power of two, not 24"):
+        list(Engine(_prepared("llama", None), backend="native", block_size=24).stream([1, 2, 3], max_tokens=2))
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

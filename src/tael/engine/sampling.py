@@ -250,6 +250,12 @@ def sample_rows(logits: Tensor, states: Sequence[SamplerState], indices: Sequenc
     return Sampled(tokens, chosen, [_top(logprobs[row], s.params.top_logprobs) for row, s in enumerate(states)])
 
 
+def report(logits: Tensor, state: SamplerState, token: int) -> tuple[float, list[tuple[int, float]] | None]:
+    """What `Sampled` would say of `token`, drawn from logits [V]: its log-probability, and the most likely ones."""
+    logprobs = _logprobs(state.process(logits.float()).unsqueeze(0), [state.params.temperature])[0]
+    return float(logprobs[token]), _top(logprobs, state.params.top_logprobs)
+
+
 def distribution(logits: Tensor, state: SamplerState) -> Tensor:
     """The law of the next token, [V] float64 that sums to 1: processed, tempered and filtered logits [V].
 

@@ -19,9 +19,8 @@ from tael.engine.sampling import (
     ACCEPT,
     TARGET,
     SamplerState,
-    _logprobs,  # pyright: ignore[reportPrivateUsage]
-    _top,  # pyright: ignore[reportPrivateUsage]
     distribution,
+    report,
     sample_rows,
 )
 from tael.engine.scheduler import Work
@@ -86,7 +85,7 @@ def verify(draft: Draft, logits: Tensor, state: SamplerState) -> Iterator[Verifi
         chance = float(wanted[token])
         proposed = 1.0 if law is None else float(law[token])
         if state.uniform(index, ACCEPT) * proposed < chance:
-            yield Verified(token, *_report(row, state, token), drafted=True)
+            yield Verified(token, *report(row, state, token), drafted=True)
             continue
         left = wanted.clone()
         if law is None:
@@ -96,15 +95,10 @@ def verify(draft: Draft, logits: Tensor, state: SamplerState) -> Iterator[Verifi
         if not float(left.sum()) > 0:  # p and q are equal up to rounding
             left = wanted
         token = draw(None, left.cpu().numpy(), state.uniform(index, TARGET))
-        yield Verified(token, *_report(row, state, token), drafted=False)
+        yield Verified(token, *report(row, state, token), drafted=False)
         return
     found = sample_rows(logits[len(draft.tokens) :][:1], [state])
     yield Verified(found.tokens[0], found.logprobs[0], found.top[0], drafted=False)
-
-
-def _report(row: Tensor, state: SamplerState, token: int) -> tuple[float, Top]:
-    logprobs = _logprobs(state.process(row.float()).unsqueeze(0), [state.params.temperature])[0]
-    return float(logprobs[token]), _top(logprobs, state.params.top_logprobs)
 
 
 class NgramDrafter:

@@ -23,7 +23,7 @@ Precision = Literal["bf16", "fp32"]
 def choose_precision(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> Precision:
     """What "auto" means on `device`: bf16 where it is multiplied in hardware, else fp32.
 
-    A CPU that has to emulate it is slower in bf16 than in fp32: the demo on a Zen 3, 107 against 2,900 tokens/s (docs/log.md).
+    A CPU that has to emulate it is far slower in bf16: the demo on a Zen 3, 107 against 2,900 tokens/s (docs/log.md).
     The choice follows the hardware's features, not a measurement, so that the same machine gives the same bits.
     """
     if wanted != "auto":

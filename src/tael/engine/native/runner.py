@@ -10,6 +10,7 @@ from torch import Tensor
 from tael.engine.batch import StepBatch
 from tael.engine.native.build import load_operator
 from tael.engine.native.weights import native_weights
+from tael.errors import TaelError
 from tael.model.rope import make_rope
 from tael.model.transformer import Transformer
 from tael.weights.quantize import is_quantized
@@ -35,6 +36,8 @@ class NativeRunner:
         notify: Callable[[str], None] | None = None,
         release: bool = False,
     ) -> None:
+        if block_size & (block_size - 1):
+            raise TaelError(f"the C++ operator needs a block_size that is a power of two, not {block_size}")
         self.config, self.num_blocks, self.block_size = model.config, num_blocks, block_size
         mtp = mtp or release  # another engine over this model may draft, and then there are no codes left to pack
         held = native_weights(model, load_operator(notify), threads or torch.get_num_threads(), mtp, release)
