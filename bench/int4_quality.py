@@ -8,7 +8,8 @@ Two models: SmolLM2-135M-Instruct and, where runs/demo exists, its pretrained mo
 with minimums and group 32 would give the file's own codes back without any loss, which says nothing of the scheme: it
 is not in the table.
 int4 is rounded to nearest or with calibration on other text of the same kind, its layers' activations in int8. All
-candidates of a model read the same held-out text. Writes results/int4_quality.json.
+candidates of a model read the same held-out text; the recipe was chosen on it, so SmolLM2 also reads a fresh one.
+Writes results/int4_quality.json.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Subject:
     model: Transformer
     tokenizer: Tokenizer
     held_out: list[Document]
+    fresh: list[Document]
     training: list[Document]
     rows: int
     length: int
@@ -77,7 +79,9 @@ def tael_subject() -> Subject | None:
     text = list(documents(DataSettings(sources=["chitchat"])))
     recipe = load_recipe(ROOT / "recipes" / "demo.toml")
     training, held_out = split(text, recipe.data.holdout if recipe.data else 0.02)
-    return Subject("demo", load_model(DEMO), load_tokenizer(DEMO), list(up_to(held_out, 30_000)), training, 64, 256)
+    return Subject(
+        "demo", load_model(DEMO), load_tokenizer(DEMO), list(up_to(held_out, 30_000)), [], training, 64, 256
+    )
 
 
 def smol_subject() -> Subject:
@@ -89,7 +93,8 @@ def smol_subject() -> Subject:
     pairs = zip(documents(DataSettings(sources=["wikitext-2"])), other_chat, strict=False)
     training = [d if len(d.text) < 4000 else Document(d.text[:4000], d.source) for d in chain.from_iterable(pairs)]
     model, tokenizer = load_gguf(path), load_gguf_tokenizer(path)
-    return Subject("SmolLM2-135M-Instruct", model, tokenizer, held_out, training, 28, 256)
+    fresh = [Document(d.text[:1000], d.source) for d in documents(DataSettings(sources=["wikitext-2-test"]))][:12]
+    return Subject("SmolLM2-135M-Instruct", model, tokenizer, held_out, fresh, training, 28, 256)
 
 
 def _progress(line: str) -> None:
@@ -108,15 +113,15 @@ def up_to(found: list[Document], size: int) -> Iterator[Document]:
 def measure(subject: Subject) -> list[list[str]]:
     """One row a candidate, the float model first."""
 
-    def evaluate(model: Transformer) -> float:
+    def evaluate(model: Transformer, text: list[Document]) -> float:
         batch = 32 if subject.model.config.vocab_size < 10_000 else 4  # logits of a batch: V fp32 numbers a token
-        result = bits_per_byte(model, subject.tokenizer, subject.held_out, subject.length, batch)
-        return result.bits_per_byte
+        return bits_per_byte(model, subject.tokenizer, text, subject.length, batch).bits_per_byte
 
     size = sum(p.numel() for p in subject.model.parameters()) * 4
-    before = evaluate(subject.model)
+    before = evaluate(subject.model, subject.held_out)
+    fresh = evaluate(subject.model, subject.fresh) if subject.fresh else None
     print(f"{subject.name}: {before:.4f} bits per byte in float", flush=True)
-    rows = [[subject.name, "float (fp32)", "32.00", f"{size / 1e6:.1f}", f"{before:.4f}", "", ""]]
+    rows = [[subject.name, "float (fp32)", "32.00", f"{size / 1e6:.1f}", f"{before:.4f}", "", "", ""]]
     calibration = calibration_rows(subject.tokenizer, subject.training, subject.rows, subject.length)
     for candidate in CANDIDATES:
         model = copy.deepcopy(subject.model)
@@ -124,7 +129,7 @@ def measure(subject: Subject) -> list[list[str]]:
         rows_used = calibration if candidate.calibrated else None
         report = quantize_model(model, candidate.scheme, candidate.group, None, rows_used, progress=_progress)
         seconds = time.perf_counter() - began
-        after = evaluate(model)
+        after = evaluate(model, subject.held_out)
         rows.append(
             [
                 subject.name,
@@ -133,6 +138,7 @@ def measure(subject: Subject) -> list[list[str]]:
                 f"{report.bytes_after / 1e6:.1f}",
                 f"{after:.4f}",
                 f"{100 * (after / before - 1):+.2f}",
+                f"{100 * (evaluate(model, subject.fresh) / fresh - 1):+.2f}" if fresh else "",
                 f"{seconds:.1f}",
             ]
         )
@@ -155,7 +161,8 @@ def main() -> None:
             size = sum(len(d.text.encode()) for d in subject.held_out)
             tokens = subject.rows * subject.length
             notes.append(f"{subject.name}: {size:,} bytes held out, calibrated on {tokens:,} tokens of other text.")
-    columns = ["model", "weights", "bits a weight", "MB", "bits per byte", "loss, %", "seconds to quantise"]
+    columns = ["model", "weights", "bits a weight", "MB", "bits per byte", "loss, %", "on fresh text, %"]
+    columns.append("seconds to quantise")
     title = "Held-out bits per byte of quantised models"
     print_table(title, columns, rows)
     notes.append("Bits a weight count everything: scales, int8 embedding and head, norms, routers.")
