@@ -20,6 +20,7 @@ from tael import shell, using
 from tael.errors import TaelError, did_you_mean
 from tael.failures import one_line
 from tael.interrupts import interruptible
+from tael.serve import keys
 from tael.shell import Json
 
 if TYPE_CHECKING:
@@ -332,6 +333,7 @@ app.command()(using.complete)
 app.command()(using.chat)
 app.command()(using.bench)
 app.command("eval")(using.evaluate)
+app.add_typer(keys.app, name="keys")
 
 
 # ----------------------------------------------------------------------- later
