@@ -30,7 +30,9 @@ class ParsedAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
+    """A stretch of a prompt: plain text, or one special token spelled out."""
+
     text: str
     special: bool
 
@@ -46,44 +48,46 @@ def _recipe_message(message: Message) -> recipe.Message:
     raise TaelError(f"unknown role {message.role!r}{did_you_mean(message.role, ('system', 'user', 'assistant'))}")
 
 
-def _pieces(prompt: recipe.RenderedPrompt) -> list[_Piece]:
+def pieces_of(prompt: recipe.RenderedPrompt) -> list[Piece]:
+    """The rendered prompt in order, cut where special tokens begin and end."""
     text, pieces, at = prompt.prompt, [], 0
     for start, end in prompt.special_ranges:
         if at < start:
-            pieces.append(_Piece(text[at:start], False))
-        pieces.append(_Piece(text[start:end], True))
+            pieces.append(Piece(text[at:start], False))
+        pieces.append(Piece(text[start:end], True))
         at = end
     if at < len(text):
-        pieces.append(_Piece(text[at:], False))
+        pieces.append(Piece(text[at:], False))
     return pieces
 
 
-def _prompt_pieces(messages: Sequence[Message], mode: Mode) -> list[_Piece]:
+def _prompt_pieces(messages: Sequence[Message], mode: Mode) -> list[Piece]:
     if mode not in get_args(Mode):
         raise TaelError(f"unknown mode {mode!r}{did_you_mean(mode, get_args(Mode))}")
     # At effort "low" the V4 encoding adds no sentence about effort: <BOS>...<Assistant><think>, nothing more.
     conversation = recipe.Conversation(
         [_recipe_message(m) for m in messages], thinking_mode=mode == "think", reasoning_effort="low"
     )
-    pieces = _pieces(_ENCODING.render_conversation(conversation))
+    pieces = pieces_of(_ENCODING.render_conversation(conversation))
     return pieces[:-1] if mode == "free" else pieces
 
 
-def _completion_pieces(message: Message) -> list[_Piece]:
+def _completion_pieces(message: Message) -> list[Piece]:
     """What the model is to say after `<Assistant>`: its choice to think or not, its words, and the end."""
     pieces = []
     if message.reasoning is not None:
-        pieces += [_Piece(THINK, True), _Piece(clean_text(message.reasoning), False)]
-    return [*pieces, _Piece(END_THINK, True), _Piece(clean_text(message.content), False), _Piece(EOS, True)]
+        pieces += [Piece(THINK, True), Piece(clean_text(message.reasoning), False)]
+    return [*pieces, Piece(END_THINK, True), Piece(clean_text(message.content), False), Piece(EOS, True)]
 
 
-def _example_pieces(messages: Sequence[Message]) -> list[_Piece]:
+def _example_pieces(messages: Sequence[Message]) -> list[Piece]:
     if not messages or messages[-1].role != "assistant":
         raise TaelError("a training conversation must end with an assistant message")
     return _prompt_pieces(messages[:-1], "free") + _completion_pieces(messages[-1])
 
 
-def _encode_piece(tokenizer: Tokenizer, piece: _Piece) -> list[int]:
+def encode_piece(tokenizer: Tokenizer, piece: Piece) -> list[int]:
+    """Ids of one piece. Raises TaelError for a special token that the tokenizer does not have."""
     if not piece.special:
         return tokenizer.encode(piece.text)
     # A foreign tokenizer may end its turns with another token than DeepSeek's.
@@ -102,7 +106,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], mode: Mode)
     """
     if not messages or messages[-1].role == "assistant":
         raise TaelError("a prompt must end with a user or system message")
-    return [i for piece in _prompt_pieces(messages, mode) for i in _encode_piece(tokenizer, piece)]
+    return [i for piece in _prompt_pieces(messages, mode) for i in encode_piece(tokenizer, piece)]
 
 
 def encode_example(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
@@ -116,7 +120,7 @@ def encode_example(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example
     loss_mask: list[bool] = []
     answering = False
     for piece in _example_pieces(messages):
-        ids = _encode_piece(tokenizer, piece)
+        ids = encode_piece(tokenizer, piece)
         tokens += ids
         loss_mask += [answering] * len(ids)
         if piece.special and piece.text in (ASSISTANT, EOS):

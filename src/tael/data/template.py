@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from tael.data.dialogue import encode_prompt
 from tael.data.sandbox import render
@@ -55,9 +56,31 @@ def encode_chat(
     return encode_template(tokenizer, messages, mode, tools)
 
 
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of the past, as templates see it; `arguments` is JSON."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolTurn:
+    """A turn that has to do with tools: an assistant's calls, or (role "tool") what one of them brought."""
+
+    role: Literal["assistant", "tool"]
+    content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+    """Of the tool that answers."""
+
+
 def encode_template(
     tokenizer: Tokenizer,
-    messages: Sequence[Message],
+    messages: Sequence[Message | ToolTurn],
     mode: Mode = "free",
     tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[int]:
@@ -70,8 +93,22 @@ def encode_template(
         variables["tools"] = [hidden.schema(tool) for tool in tools]
     if mode != "free":
         variables["enable_thinking"] = variables["thinking"] = mode == "think"
-    text = render(chat_template(tokenizer, bool(tools)), variables)
+    about_tools = bool(tools) or any(isinstance(message, ToolTurn) for message in messages)
+    text = render(chat_template(tokenizer, about_tools), variables)
     return hidden.encode(text)
+
+
+def takes_system(tokenizer: Tokenizer, tools: bool = False) -> bool:
+    """Whether the chat template writes a system message down: some refuse it, some leave it out."""
+    hidden = _Hidden(tokenizer)
+    messages = [_hide_message(hidden, Message(role, role)) for role in ("system", "user")]
+    variables = {key: _spelled(tokenizer.config.get(key)) for key in _TOKENS}
+    try:
+        return messages[0]["content"] in render(
+            chat_template(tokenizer, tools), {**variables, "messages": messages, "add_generation_prompt": True}
+        )
+    except TaelError:
+        return False
 
 
 def chat_template(tokenizer: Tokenizer, tools: bool = False) -> str:
@@ -95,13 +132,25 @@ def _spelled(token: Any) -> str:
     return token if isinstance(token, str) else ""
 
 
-def _hide_message(hidden: _Hidden, message: Message) -> dict[str, str]:
-    if message.role not in ("system", "user", "assistant"):
-        raise TaelError(f"unknown role {message.role!r}{did_you_mean(message.role, ('system', 'user', 'assistant'))}")
-    shown = {"role": message.role, "content": hidden.text(message.content)}
+def _hide_message(hidden: _Hidden, message: Message | ToolTurn) -> dict[str, Any]:
+    roles = ("assistant", "tool") if isinstance(message, ToolTurn) else ("system", "user", "assistant")
+    if message.role not in roles:
+        raise TaelError(f"unknown role {message.role!r}{did_you_mean(message.role, roles)}")
+    shown: dict[str, Any] = {"role": message.role, "content": hidden.text(message.content)}
     if message.reasoning is not None:
         shown["reasoning_content"] = hidden.text(message.reasoning)
+    if isinstance(message, ToolTurn):
+        if message.tool_calls:
+            shown["tool_calls"] = [_hide_call(hidden, call) for call in message.tool_calls]
+        for key, value in (("tool_call_id", message.tool_call_id), ("name", message.name)):
+            if value:
+                shown[key] = hidden.schema(value)
     return shown
+
+
+def _hide_call(hidden: _Hidden, call: ToolCall) -> dict[str, Any]:
+    function = {"name": hidden.schema(call.name), "arguments": hidden.schema(dict(call.arguments))}
+    return {"type": "function", "function": function} | ({"id": hidden.schema(call.id)} if call.id else {})
 
 
 class _Hidden:
@@ -126,7 +175,7 @@ class _Hidden:
     def schema(self, value: Any, depth: int = 0) -> Any:
         """JSON with every string hidden that spells a special token, as it will stand between quotes."""
         if depth > _DEEPEST:
-            raise TaelError(f"a tool's schema is nested more than {_DEEPEST} deep")
+            raise TaelError(f"a tool's schema or arguments are nested more than {_DEEPEST} deep")
         if isinstance(value, dict):
             return {self.schema(str(k), depth + 1): self.schema(v, depth + 1) for k, v in value.items()}
         if isinstance(value, list | tuple):
@@ -137,7 +186,7 @@ class _Hidden:
             return self._placeholder(json.dumps(value, ensure_ascii=False)[1:-1]) if risky else value
         if value is None or isinstance(value, bool | int | float):
             return value
-        raise TaelError(f"a tool's schema must be JSON, not {type(value).__name__}")
+        raise TaelError(f"a tool's schema and arguments must be JSON, not {type(value).__name__}")
 
     def _placeholder(self, text: str) -> str:
         self.texts.append(text)

@@ -1,4 +1,4 @@
-"""Answers in a given form: a JSON object, JSON of a schema, a match of a regular expression, one of some choices.
+"""Answers in a given form: JSON, JSON of a schema, a regular expression, one of some choices, a whole grammar.
 
     compiler = ConstraintCompiler(tokenizer, model.config.vocab_size)
     grammar = compiler.compile(Constraint.json_schema({...}), params.stop_ids)     # one a sequence
@@ -28,16 +28,18 @@ from tael.errors import TaelError, did_you_mean
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-Kind = Literal["json_object", "json_schema", "regex", "choice"]
+Kind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 LONGEST_SCHEMA = 256 * 1024
 LONGEST_REGEX = 8 * 1024
 MOST_CHOICES = 1024
 LONGEST_CHOICES = 64 * 1024
 """Characters of all choices together."""
+LONGEST_GRAMMAR = 512 * 1024
+"""Characters; a grammar holds the schemas of many tools."""
 
-# White space between JSON's tokens is bounded, else a weak model says nothing but white space for ever.
-_WHITE_SPACE = r"[ \t\n\r]{1,32}"
+WHITE_SPACE = r"[ \t\n\r]{1,32}"
+"""Between JSON's tokens; bounded, else a weak model says nothing but white space for ever."""
 _CACHED = 32  # compiled grammars kept
 _FUEL = (
     200_000  # of llguidance's lexer for compiling: at most some tenths of a second; its own limit allows 3 seconds
@@ -49,7 +51,8 @@ _BARRED = _BARRED.astype(np.float32)  # [256, 8]: what a byte of a mask adds to 
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an answer has to look like; make one with `json_object`, `json_schema`, `regex` or `choice`.
+    """What an answer has to look like; make one with `json_object`, `json_schema`, `regex`, `choice` or
+    `grammar`.
 
     Raises TaelError for a value of the wrong kind or size; whether a schema or an expression can be used is told when
     it is compiled.
@@ -57,7 +60,7 @@ class Constraint:
 
     kind: Kind
     value: str | tuple[str, ...] = ""
-    """The schema as JSON text, the expression, or the choices."""
+    """The schema as JSON text, the expression, the choices, or the grammar."""
 
     def __post_init__(self) -> None:
         kind, value = self.kind, self.value
@@ -71,6 +74,8 @@ class Constraint:
             raise TaelError("constraint: kind json_object takes no value; for a schema use json_schema")
         elif kind == "regex" and not 1 <= len(value) <= LONGEST_REGEX:
             raise TaelError(f"constraint: a regex must have 1 to {LONGEST_REGEX} characters, not {len(value)}")
+        elif kind == "lark" and not 1 <= len(value) <= LONGEST_GRAMMAR:
+            raise TaelError(f"constraint: a grammar must have 1 to {LONGEST_GRAMMAR} characters, not {len(value)}")
         elif kind == "json_schema":
             _check_schema(value)
 
@@ -106,6 +111,15 @@ class Constraint:
     def choice(cls, choices: Sequence[str]) -> Constraint:
         """Exactly one of `choices`."""
         return cls("choice", (choices,) if isinstance(choices, str) else tuple(choices))
+
+    @classmethod
+    def grammar(cls, text: str) -> Constraint:
+        """What llguidance's dialect of Lark describes; special tokens stand in it as <[id]>.
+
+        For grammars made here. JSON schemas of strangers may be part of one (%json), a stranger's grammar may not:
+        what it is allowed to do is not bounded by anything but the fuel.
+        """
+        return cls("lark", text)
 
 
 def _check_schema(text: str) -> None:
@@ -268,11 +282,13 @@ def _grammar(constraint: Constraint) -> str:
     if isinstance(value, tuple):
         options = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
         return LLMatcher.grammar_from_lark(f"start: {options}")
+    if kind == "lark":
+        return LLMatcher.grammar_from_lark(value)
     if kind == "regex":
         # \d as 0-9, which is what is meant and is a \d in every dialect
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(value, 'd')}/")
     schema = '{"type": "object"}' if kind == "json_object" else value
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE_SPACE})
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
 
 
 def _ll_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
