@@ -276,7 +276,7 @@ def _insert_tree(connection: sqlite3.Connection, owner: str, tree: Tree) -> int:
 
 def _insert_head(connection: sqlite3.Connection, head: Head) -> int:
     texts = [clean(text) for text in (head.owner, head.title, head.folder, head.model, head.system)]
-    values = [*texts, _json(head.settings, "settings"), clean(head.created), clean(head.updated), None]
+    values = [*texts, _json(head.settings, "settings"), head.created or _now(), head.updated or _now(), None]
     return _insert(connection, "conversations", _HEAD, values)
 
 
@@ -289,7 +289,7 @@ def _insert_node(connection: sqlite3.Connection, node: Node) -> int:
         None if node.reasoning is None else clean(node.reasoning),
         _json(node.tool_calls, "tool calls"),
         clean(node.model),
-        clean(node.created),
+        node.created or _now(),
         _one_of(node.state, State, "state"),
         _json(node.figures, "figures"),
         None if node.error is None else clean(node.error),
@@ -318,7 +318,7 @@ def clean(text: str) -> str:
 def _json(value: Any, name: str) -> str:
     try:
         if _depth(value) <= MAX_DEPTH:
-            return json.dumps(value, allow_nan=False)
+            return clean(json.dumps(value, allow_nan=False, ensure_ascii=False))
     except (TypeError, ValueError) as error:
         raise TaelError(f"the {name} cannot be kept as JSON: {error}") from None
     except RecursionError:
