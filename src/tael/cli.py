@@ -20,7 +20,7 @@ from tael import shell, using
 from tael.errors import TaelError, did_you_mean
 from tael.failures import one_line
 from tael.interrupts import interruptible
-from tael.serve import keys
+from tael.serve import commands, keys
 from tael.shell import Json
 
 if TYPE_CHECKING:
@@ -333,6 +333,7 @@ app.command()(using.complete)
 app.command()(using.chat)
 app.command()(using.bench)
 app.command("eval")(using.evaluate)
+app.command()(commands.serve)
 app.add_typer(keys.app, name="keys")
 
 
@@ -343,12 +344,6 @@ app.add_typer(keys.app, name="keys")
 def plan(context: typer.Context) -> None:
     """Predict time and money before a run (comes later)."""
     raise TaelError("plan is not there yet: the planner comes later; `tael costs` shows what runs did cost")
-
-
-@app.command(context_settings=LATER)
-def serve(context: typer.Context) -> None:
-    """Serve models over HTTP (comes later)."""
-    raise TaelError("serve is not there yet: the server comes later; `tael chat MODEL` talks to a model now")
 
 
 # --------------------------------------------------------------------- helpers

@@ -1,0 +1,290 @@
+"""From a request's body to an order: what is wanted of which model, in one form for all chat protocols.
+
+    protocol = PROTOCOLS["chat"]
+    order = protocol.order(body, spec, thinks, settings)      raises ApiError that names the field
+
+deepseek-recipe converts and checks what DeepSeek's API knows. On top comes what it leaves out: several choices,
+penalties, sampling filters, a thinking budget, thinking as the model likes ("auto"), and a temperature that is
+honoured while thinking too.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import deepseek_recipe as recipe
+
+from tael.data import Mode
+from tael.serve.errors import ApiError, Dialect
+from tael.serve.settings import ModelSpec
+
+ProtocolName = Literal["chat", "messages", "responses"]
+Body = dict[str, Any]
+
+EFFORT_BUDGETS = {"minimal": 128, "low": 512, "medium": 2048}
+"""Tokens of thought by reasoning effort, for models that are not told of it; higher efforts know no limit."""
+MOST_SEARCHED = 200
+"""Messages looked at one by one to say which is malformed."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What deepseek-recipe leaves to who answers."""
+
+    mode: Mode
+    choices: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    thinking_budget: int | None = None
+    parallel_tools: bool = True
+    loop_guard: bool = True
+
+
+@dataclass(frozen=True)
+class Order:
+    """A chat request, understood."""
+
+    protocol: Protocol
+    id: str
+    model: str
+    """As the client called it."""
+    request: recipe.ConversationRequest
+    wishes: Wishes
+    generator: Callable[[], Any]
+    """Makes a chunk generator, one a choice."""
+
+    @property
+    def stream(self) -> bool:
+        return self.request.stream
+
+    @property
+    def prefixed(self) -> bool:
+        """The last message is the beginning of the answer."""
+        messages = self.request.conversation.messages
+        return bool(messages) and messages[-1].prefix
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One of the three chat protocols."""
+
+    name: ProtocolName
+    dialect: Dialect
+    request: Any
+    response: Any
+    prefix: str
+    """Of ids."""
+
+    def new_id(self) -> str:
+        return self.prefix + secrets.token_hex(12)
+
+    def order(self, body: Body, id: str, spec: ModelSpec, thinks: bool, context: int, most_choices: int) -> Order:
+        """Understand a request's body. Raises ApiError."""
+        wishes = read_wishes(body, self.name, spec, thinks, most_choices)
+        plain = self._plain(body, thinks)
+        options = _options(str(body.get("model", "")), spec, context)
+        try:
+            request = self.request(plain)
+            extras = (request.echo(), request.namespace_tool_map(options)) if self.name == "responses" else None
+            converted = request.convert(options)
+        except recipe.ConversionError as error:
+            raise _conversion_error(error) from None
+        except ValueError as error:
+            raise self._malformed(plain, str(error)) from None
+        model = str(body.get("model", ""))
+
+        def generator() -> Any:
+            made = self.request.chunk_generator(converted, id, model)
+            return made if extras is None else made.with_echo(extras[0]).with_namespace_tool_map(extras[1])
+
+        _refuse_images(converted.conversation)
+        return Order(self, id, model, converted, wishes, generator)
+
+    def _plain(self, body: Body, thinks: bool) -> Body:
+        """The body as deepseek-recipe takes it."""
+        plain = {key: value for key, value in body.items() if key not in _OURS}
+        if "max_completion_tokens" in body and plain.get("max_tokens") is None:
+            plain["max_tokens"] = body["max_completion_tokens"]
+        thinking = plain.get("thinking")
+        if isinstance(thinking, Mapping) and thinking.get("type") == "auto":
+            plain["thinking"] = {"type": "enabled"}
+        if not thinks:
+            plain.pop("reasoning_effort", None)
+            plain.pop("output_config", None)
+            if self.name == "responses":
+                plain["reasoning"] = {"effort": "none"}
+            else:
+                plain["thinking"] = {"type": "disabled"}
+        return plain
+
+    def _malformed(self, body: Body, message: str) -> ApiError:
+        """The library's words on a malformed body, with the field that is to blame in front."""
+        text = message.removeprefix("invalid request body: ").removeprefix("invalid JSON request: ")
+        field = self._guilty(body, message)
+        return ApiError(422, f"{field}: {text}" if field and f"`{field}`" not in text else text, field)
+
+    def _guilty(self, body: Body, message: str) -> str | None:
+        """The field whose absence makes the complaint go away, or change."""
+
+        def complaint(tried: Body) -> str:
+            try:
+                self.request(tried)
+            except ValueError as error:
+                return str(error)
+            return ""
+
+        for list_name in ("messages", "tools", "input"):
+            items = body.get(list_name)
+            if isinstance(items, list):
+                for place, item in enumerate(items[:MOST_SEARCHED]):
+                    if complaint(body | {list_name: [item]}) == message and len(items) > 1:
+                        rest = body | {list_name: items[:place] + items[place + 1 :]}
+                        if complaint(rest) != message:
+                            return f"{list_name}[{place}]"
+        for name in body:
+            if complaint({key: value for key, value in body.items() if key != name}) != message:
+                return name
+        return None
+
+
+_OURS = frozenset(
+    (
+        "n",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "top_k",
+        "min_p",
+        "max_completion_tokens",
+        "loop_guard",
+    )
+)
+"""Fields that deepseek-recipe does not know, or refuses, and that are read here."""
+
+PROTOCOLS: dict[ProtocolName, Protocol] = {
+    "chat": Protocol("chat", "openai", recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, "chatcmpl-"),
+    "messages": Protocol("messages", "anthropic", recipe.MessagesRequest, recipe.MessagesResponse, "msg_"),
+    "responses": Protocol("responses", "openai", recipe.ResponsesRequest, recipe.ResponsesResponse, "resp_"),
+}
+
+
+def parse_json(raw: bytes) -> Body:
+    """The body as a JSON object. Raises ApiError 400."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, f"the body must be a JSON object, not {_kind(body)}")
+    return body
+
+
+def read_wishes(body: Body, protocol: ProtocolName, spec: ModelSpec, thinks: bool, most_choices: int) -> Wishes:
+    """The fields that deepseek-recipe leaves out. Raises ApiError 422 for a wrong type, 400 for a wrong value."""
+    choices = field(body, "n", int, 1) if protocol == "chat" else 1
+    if not 1 <= choices <= most_choices:
+        raise ApiError(400, f"n: must be 1 to {most_choices}, not {choices}", "n")
+    return Wishes(
+        mode=_mode(body, protocol, spec, thinks),
+        choices=choices,
+        temperature=field(body, "temperature", float),
+        top_p=field(body, "top_p", float),
+        top_k=field(body, "top_k", int, 0),
+        min_p=field(body, "min_p", float, 0.0),
+        repetition_penalty=field(body, "repetition_penalty", float, 1.0),
+        presence_penalty=field(body, "presence_penalty", float, 0.0),
+        frequency_penalty=field(body, "frequency_penalty", float, 0.0),
+        logit_bias=read_bias(body),
+        thinking_budget=_budget(body, spec) if thinks else None,
+        parallel_tools=field(body, "parallel_tool_calls", bool, True),
+        loop_guard=field(body, "loop_guard", bool, True),
+    )
+
+
+def field(body: Body, name: str, kind: type, default: Any = None) -> Any:
+    """`body[name]` if it is of `kind`; a whole number will do for float, null and absence are the default."""
+    value = body.get(name)
+    if value is None:
+        return default
+    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "an object"}
+        raise ApiError(422, f"{name}: must be {words.get(kind, kind.__name__)}, not {_kind(value)}", name)
+    return value
+
+
+def read_bias(body: Body) -> tuple[tuple[int, float], ...]:
+    """logit_bias: token ids (as text, since JSON's keys are) to numbers."""
+    bias = field(body, "logit_bias", dict, {})
+    try:
+        return tuple((int(token), float(value)) for token, value in bias.items())
+    except (TypeError, ValueError):
+        raise ApiError(422, "logit_bias: must map token ids to numbers", "logit_bias") from None
+
+
+def _mode(body: Body, protocol: ProtocolName, spec: ModelSpec, thinks: bool) -> Mode:
+    """How the answer begins; "think" is turned into "direct" later where the request says so in its own way."""
+    if not thinks:
+        return "direct"
+    thinking = body.get("thinking")
+    if isinstance(thinking, Mapping):
+        return "free" if thinking.get("type") == "auto" else "think"
+    effort = body.get("reasoning") if protocol == "responses" else body.get("reasoning_effort")
+    return "free" if spec.thinking == "auto" and effort is None else "think"
+
+
+def _budget(body: Body, spec: ModelSpec) -> int | None:
+    thinking = body.get("thinking")
+    if isinstance(thinking, Mapping) and thinking.get("budget_tokens") is not None:
+        budget = thinking["budget_tokens"]
+        if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
+            name = "thinking.budget_tokens"
+            raise ApiError(422, f"{name}: must be a whole number of 0 or more, not {_kind(budget)}", name)
+        return budget
+    if spec.effort_in_prompt:
+        return None
+    nested = [body.get(name) for name in ("reasoning", "output_config")]
+    efforts = [body.get("reasoning_effort"), *(each.get("effort") for each in nested if isinstance(each, Mapping))]
+    found = next((effort for effort in efforts if effort is not None), None)
+    return EFFORT_BUDGETS.get(found) if isinstance(found, str) else None
+
+
+def _options(model: str, spec: ModelSpec, context: int) -> recipe.ConversionOptions:
+    return recipe.ConversionOptions(
+        default_thinking_mode=spec.thinking != "off",
+        thinking_max_tokens_upper_bound=context,
+        non_thinking_max_tokens_upper_bound=context,
+    ).with_model_versions_by_name({model: recipe.ModelVersion.DeepseekV4Pro})
+
+
+def _conversion_error(error: recipe.ConversionError) -> ApiError:
+    """The library's complaint; the field it names, if it names one, as `param`."""
+    try:
+        message = json.loads(error.body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = error.body or "the request cannot be converted"
+    known = ("max_tokens", "temperature", "top_p", "stop", "tool_choice", "messages", "top_logprobs", "seed", "tools")
+    return ApiError(error.status_code, message, next((name for name in known if name in message), None))
+
+
+def _refuse_images(conversation: recipe.Conversation) -> None:
+    for place, message in enumerate(conversation.messages):
+        if message.image_sources:
+            name = f"messages[{place}]"
+            raise ApiError(400, f"{name}: holds an image, and this model reads text only", name)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"{value!r:.40}")
