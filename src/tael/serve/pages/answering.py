@@ -1,7 +1,7 @@
 """Answers that run by themselves: a page starts one and follows it; closing the page stops nothing.
 
     running = answering.start(caller, conversation, body, parent)      a node in the history, state "running"
-    running.content, running.phase, running.version ..                 what there is so far; any number of pages read it
+    running.content, running.phase, running.version ..                 what there is so far, for any number of pages
     answering.stop(running.node)                                       keeps what was said
 
 Text goes into the history a few times a second and at the end, so a crash loses little; the server's own end leaves

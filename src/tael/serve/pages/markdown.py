@@ -57,7 +57,7 @@ class Growing:
         groups = _groups(_parser().parse(tail))
         first, last = self._final, _last_begun(groups, tail)
         if last > 0:
-            self._done += sum(len(line) + 1 for line in tail.split("\n")[: groups[last][0].map[0]])  # type: ignore[index]
+            self._done += sum(len(line) + 1 for line in tail.split("\n")[: _line(groups[last])])
             self._final += last
         return first, [_html(group) for group in groups]
 
@@ -66,9 +66,15 @@ def _last_begun(groups: list[list[Token]], tail: str) -> int:
     """The last block whose first line is whole: the blocks before it can change no more."""
     whole = tail.count("\n")
     for place in range(len(groups) - 1, 0, -1):
-        if groups[place][0].map and groups[place][0].map[0] < whole:
+        if _line(groups[place]) < whole:
             return place
     return 0
+
+
+def _line(group: list[Token]) -> int:
+    """Where a block begins."""
+    place = group[0].map
+    return place[0] if place else 0
 
 
 def _one_end(text: str) -> str:

@@ -18,14 +18,14 @@ from markdown_it.rules_inline import StateInline
 
 MAX_TEX = 4000
 MAX_NESTING = 60
-_ELEMENTS = frozenset(
+_ELEMENTS = re.compile(
     "math mrow mi mn mo mtext ms mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mmultiscripts "
-    "mprescripts none mtable mtr mtd mlabeledtr mstyle mpadded mphantom menclose".split()
+    "mprescripts none mtable mtr mtd mlabeledtr mstyle mpadded mphantom menclose".replace(" ", "|")
 )
-_ATTRIBUTES = frozenset(
+_ATTRIBUTES = re.compile(
     "display stretchy fence form accent accentunder mathvariant displaystyle scriptlevel linethickness columnalign "
     "rowspacing columnspacing columnlines rowlines frame lspace rspace width height depth minsize maxsize notation "
-    "separator symmetric largeop movablelimits".split()
+    "separator symmetric largeop movablelimits".replace(" ", "|")
 )
 _VALUE = re.compile(r"[\w .%+-]{0,80}")
 
@@ -52,9 +52,9 @@ def _nesting(tex: str) -> int:
 def _written(element: Element, tex: str | None = None) -> str:
     text = escapeHtml(html.unescape(element.text or ""))
     inner = text + "".join(_written(child) + escapeHtml(html.unescape(child.tail or "")) for child in element)
-    if element.tag not in _ELEMENTS:
+    if not _ELEMENTS.fullmatch(element.tag):
         return f"<mrow>{inner}</mrow>"
-    kept = {name: html.unescape(value) for name, value in element.attrib.items() if name in _ATTRIBUTES}
+    kept = {name: html.unescape(value) for name, value in element.attrib.items() if _ATTRIBUTES.fullmatch(name)}
     attributes = "".join(f' {name}="{value}"' for name, value in kept.items() if _VALUE.fullmatch(value))
     if tex is not None:
         attributes += f' aria-label="{escapeHtml(tex)}"'

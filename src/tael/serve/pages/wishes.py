@@ -15,6 +15,7 @@ from tael.serve.history import Node
 
 MAX_FILE = 200_000
 """Bytes of one file."""
+MAX_FILES = 50
 MAX_QUESTION = 400_000
 """Characters of a question with its files (what NiceGUI's socket carries is limited to a megabyte)."""
 
@@ -26,15 +27,15 @@ class Settings(BaseModel):
 
     thinking: Literal["auto", "enabled", "disabled"] = "auto"
     effort: Literal["low", "medium", "high"] | None = None
-    budget: int | None = Field(None, ge=1, le=10_000_000)
+    budget: int | None = Field(default=None, ge=1, le=10_000_000)
     """Tokens of thought."""
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=1, le=10_000_000)
-    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    max_tokens: int | None = Field(None, ge=1, le=10_000_000)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: list[str] = Field([], max_length=16)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=1, le=10_000_000)
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1, le=10_000_000)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: list[str] = Field(default=[], max_length=16)
     json_mode: bool = False
     tools: str = ""
     """A JSON list of functions, as the API takes them."""
@@ -75,7 +76,9 @@ class Settings(BaseModel):
             raise TaelError(f"tools: not JSON ({error})") from None
         tools = tools if isinstance(tools, list) else [tools]
         # A bare function is taken too: {"name": ..} for {"type": "function", "function": {"name": ..}}.
-        tools = [t if not isinstance(t, dict) or "function" in t else {"type": "function", "function": t} for t in tools]
+        tools = [
+            t if not isinstance(t, dict) or "function" in t else {"type": "function", "function": t} for t in tools
+        ]
         for tool in tools:
             function = tool.get("function") if isinstance(tool, dict) else None
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -83,7 +86,9 @@ class Settings(BaseModel):
         return tools
 
 
-def request_body(model: str, thinks: bool | None, system: str, settings: Settings, path: Sequence[Node]) -> dict[str, Any]:
+def request_body(
+    model: str, thinks: bool | None, system: str, settings: Settings, path: Sequence[Node]
+) -> dict[str, Any]:
     """The Chat Completions request for an answer to the branch `path`.
 
     Where it ends with an answer, that answer is to go on. Raises TaelError when the tools are no JSON.
@@ -151,6 +156,8 @@ _FILE = re.compile(r"\n\nFile ([^\n]+):\n\n(`{3,})\n(.*?)\n\2(?=\n\nFile |\Z)", 
 
 def with_files(question: str, files: Sequence[File]) -> str:
     """The question with the files quoted after it. Raises TaelError for what is no text, or too much of it."""
+    if len(files) > MAX_FILES:
+        raise TaelError(f"{len(files)} files are more than {MAX_FILES}; leave some out")
     parts = [question]
     for file in files:
         name = re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", "", file.name).strip()[:200] or "file"
@@ -167,7 +174,9 @@ def with_files(question: str, files: Sequence[File]) -> str:
 
 
 def split_files(content: str) -> tuple[str, list[File]]:
-    """A question and the files in it, as `with_files` joined them; what was not joined by it stays in the question."""
+    """A question and the files in it, as `with_files` joined them; anything else stays in the question."""
+    if content.count("\n\nFile ") > MAX_FILES:  # made to keep the pattern busy
+        return content, []
     files = [(match.start(), File(match[1], match[3])) for match in _FILE.finditer(content)]
     for start, _ in files:  # the first place from which there is nothing but files
         found = [file for place, file in files if place >= start]

@@ -27,7 +27,7 @@ export default {
       if (article) article.outerHTML = html;
       this.follow();
     },
-    // ops: {html: {part: html}, blocks: {part: [first, [html, ..]]}, open: {part: true or false}, classes: {name: on}}
+    // ops: {html: {part: html}, blocks: {part: [first, [html, ..]]}, open: {part: true or false}, show: [part], done}
     patch(node, ops) {
       const article = this.article(node);
       if (!article) return;
@@ -41,7 +41,8 @@ export default {
         while (parent.children.length > first + blocks.length) parent.lastElementChild.remove();
       }
       for (const [part, open] of Object.entries(ops.open || {})) this.part(article, part).open = open;
-      for (const [name, on] of Object.entries(ops.classes || {})) article.classList.toggle(name, on);
+      for (const part of ops.show || []) this.part(article, part).hidden = false;
+      if (ops.done) article.setAttribute("aria-busy", "false");
       this.follow();
     },
     say(text) {
