@@ -27,22 +27,25 @@ class Metrics:
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
-        made = {"registry": self.registry}
-        self._requests = Counter("tael_requests", "Requests by how they ended.", ("endpoint", "status"), **made)
-        self._tokens = Counter(
-            "tael_tokens", "Tokens: hit and miss of prompts, output, drafted, accepted.", ("kind",), **made
-        )
-        self._dollars = Counter("tael_dollars", "What was charged for.", ("model",), **made)
-        self._first = Histogram("tael_first_token_seconds", "Time to the first token.", buckets=_SECONDS, **made)
-        self._whole = Histogram("tael_request_seconds", "Time to the last token.", buckets=_SECONDS, **made)
-        self._rate = Histogram(
-            "tael_tokens_per_second", "Of one answer, after its first token.", buckets=_RATES, **made
-        )
+        made = self.registry
+
+        def counter(name: str, meaning: str, *labels: str) -> Counter:
+            return Counter(name, meaning, labels, registry=made)
+
+        def histogram(name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, meaning, buckets=buckets, registry=made)
+
+        self._requests = counter("tael_requests", "Requests by how they ended.", "endpoint", "status")
+        self._tokens = counter("tael_tokens", "Tokens: hit and miss of prompts, output, drafted, accepted.", "kind")
+        self._dollars = counter("tael_dollars", "What was charged for.", "model")
+        self._first = histogram("tael_first_token_seconds", "Time to the first token.", _SECONDS)
+        self._whole = histogram("tael_request_seconds", "Time to the last token.", _SECONDS)
+        self._rate = histogram("tael_tokens_per_second", "Of one answer, after its first token.", _RATES)
         self.registry.register(_Engines(service))
 
     def served(self, served: Served, counts: Counts) -> None:
         """A request that the engine answered, or began to."""
-        self._requests.labels(served.endpoint, served.status).inc()
+        self._requests.labels(served.endpoint, str(served.status)).inc()
         kinds = {
             "hit": counts.cached,
             "miss": counts.prompt - counts.cached,
@@ -62,7 +65,7 @@ class Metrics:
 
     def refused(self, endpoint: str, status: int) -> None:
         """A request that never reached the engine."""
-        self._requests.labels(endpoint, status).inc()
+        self._requests.labels(endpoint, str(status)).inc()
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -183,14 +183,6 @@ class ModelHost:
         self._hosted.pop(hosted.spec.name, None)
         self.worker.forget(hosted.engine)
         self.notify(f"{hosted.spec.name}: unloaded")
-        self._known[hosted.spec.name] = Hosted(
-            hosted.spec,
-            None,
-            None,
-            hosted.format,
-            hosted.context,
-            hosted.bytes,  # type: ignore[arg-type]
-        )
 
     def drop_engine(self, engine: Engine) -> None:
         """An engine broke: its model is loaded anew at the next request."""
