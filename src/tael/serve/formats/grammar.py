@@ -35,8 +35,10 @@ _BEYOND_LENGTH = ("pattern", "format", "allOf", "anyOf", "oneOf", "not", "if", "
 
 
 def name_in_dsml(name: str) -> str:
-    """A parameter's name between DSML's quotation marks: the parser takes it into JSON as it stands there."""
-    return json.dumps(name, ensure_ascii=False)[1:-1].replace('\\"', "\\u0022").replace("<", "\\u003c")
+    """A parameter's name between DSML's quotation marks: the parser takes it into JSON as it stands there, and ends it
+    at a quotation mark or a space."""
+    text = json.dumps(name, ensure_ascii=False)[1:-1].replace('\\"', "\\u0022")
+    return text.replace(" ", "\\u0020").replace("<", "\\u003c")
 
 
 def dsml_grammar(
@@ -166,7 +168,7 @@ def _length(schema: dict[str, Any]) -> str | None:
 
 
 def _checked(tool: recipe.ToolDefinition) -> recipe.ToolDefinition:
-    if not re.fullmatch(r'[^"<>\\\x00-\x1f]{1,256}', tool.name):
+    if not re.fullmatch(r'[^"<>\\\x00-\x20]{1,256}', tool.name):
         raise TaelError(f"tools: {tool.name!r:.80} is no name for a tool")
     if not isinstance(tool.parameters, dict | None):
         raise TaelError(f"tools: the parameters of {tool.name} must be a JSON schema (an object)")
@@ -204,7 +206,9 @@ def _object_schema(tool: recipe.ToolDefinition) -> dict[str, Any]:
     properties, required = schema.get("properties") or {}, schema.get("required") or []
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise TaelError(f"tools: the parameters of {tool.name} are no JSON schema: 'properties' or 'required'")
-    properties |= {str(name): {} for name in required if name not in properties}
+    properties = properties | {str(name): {} for name in required if name not in properties}
+    if "" in properties:
+        raise TaelError(f"tools: the parameters of {tool.name} cannot be enforced: one has an empty name")
     others = schema.get("additionalProperties", False if "properties" in schema else {})
     return _definitions(schema) | {
         "properties": properties,

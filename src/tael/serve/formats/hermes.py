@@ -7,6 +7,8 @@ in <tool_response>. `HermesTranslator` turns such calls into DSML, which deepsee
 from __future__ import annotations
 
 import json
+import re
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from tael.serve.formats.grammar import name_in_dsml
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 _DSML = recipe.SpecialToken.Dsml.default_str()
 _MARKED, _DEFUSED = f"<{_DSML}", f"<\u200b{_DSML}"
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _TRIES = 8
 """Closing tags looked at for one call, of which all but the last may stand inside a JSON string."""
 
@@ -68,22 +71,6 @@ def arguments_of(text: str) -> dict[str, Any]:
 # ------------------------------------------------------------------- to DSML
 
 
-def call_in_dsml(text: str) -> str | None:
-    """The call that `text` (what stands between the tags) is, in DSML; None where it is none."""
-    try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-        arguments = value["arguments"] if "arguments" in value else value.get("parameters", {})
-        if isinstance(arguments, str):  # some models quote them once more
-            arguments = json.loads(arguments, parse_constant=_refuse, parse_float=_finite)
-        parameters = "".join(_parameter(key, argument) for key, argument in arguments.items())
-        name = value["name"]
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        return None
-    if not isinstance(name, str) or not name or not name.isprintable() or set(name) & set('"<'):
-        return None
-    return f'<{_DSML}invoke name="{name}">\n{parameters}</{_DSML}invoke>\n'
-
-
 def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
@@ -95,12 +82,39 @@ def _finite(text: str) -> float:
     return value
 
 
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse, parse_float=_finite)
+"""Models write line ends into strings as they are; NaN and what no float holds would not be JSON again."""
+
+
+def call_in_dsml(text: str) -> str | None:
+    """The call that `text` (what stands between the tags) is, in DSML; None where it is none."""
+    try:
+        value = _DECODER.decode(text)
+        arguments = value["arguments"] if "arguments" in value else value.get("parameters", {})
+        if isinstance(arguments, str):  # some models quote them once more
+            arguments = _DECODER.decode(arguments)
+        parameters = "".join(_parameter(key, argument) for key, argument in arguments.items())
+        name = value["name"]
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return None
+    if not isinstance(name, str) or not name or not name.isprintable() or set(name) & set(' "<'):
+        return None
+    if "" in arguments:  # which the parser cannot write down
+        return None
+    return f'<{_DSML}invoke name="{name}">\n{parameters}</{_DSML}invoke>\n'
+
+
 def _parameter(name: str, value: Any) -> str:
     """A string goes raw, unless it holds what ends it, or half a UTF-16 pair: then as JSON, with escapes."""
     raw = isinstance(value, str) and f"</{_DSML}" not in value and _encodes(value)
     text = value if raw else _json(value)
-    name = name_in_dsml(name) if _encodes(name) else json.dumps(name)[1:-1].replace('\\"', "\\u0022")
+    name = name_in_dsml(name) if _encodes(name) else "".join(f"\\u{unit:04x}" for unit in _utf16(name))
     return f'<{_DSML}parameter name="{name}" string="{str(raw).lower()}">{text}</{_DSML}parameter>\n'
+
+
+def _utf16(text: str) -> tuple[int, ...]:
+    data = text.encode("utf-16-le", "surrogatepass")
+    return struct.unpack(f"<{len(data) // 2}H", data)
 
 
 def _json(value: Any) -> str:
@@ -215,10 +229,4 @@ def _overlap(text: str, tag: str) -> int:
 
 def _unterminated(text: str) -> bool:
     """Does `text` break off inside a JSON string, so that what looked like the end was part of it?"""
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        return error.msg.startswith("Unterminated string")
-    except (ValueError, RecursionError):
-        pass
-    return False
+    return '"' in _STRING.sub("", text)
