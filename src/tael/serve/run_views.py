@@ -285,10 +285,10 @@ def predict(stages: list[StageView], whole: Total, per_hour: float) -> Predictio
     unknown = [stage.name for stage in open_ if stage.seconds_left is None]
     left = [stage.seconds_left for stage in open_ if stage.seconds_left is not None]
     if not open_:
-        return Prediction(whole.dollars, 0.0, basis="all stages are done")
+        return Prediction(whole.dollars, 0.0)
     if not left:
-        return Prediction(None, None, unknown, "nothing is known yet: no stage has taken two steps")
-    basis = "from the seconds a step so far; stages to come by their tokens at that speed, or as an equal run took"
+        return Prediction(None, None, unknown, "Nothing is predicted yet: no stage has taken two steps.")
+    basis = "Predicted from the seconds a step so far; stages to come by their tokens at that speed, or as an equal run took."
     if unknown:
-        basis += f"; at least: how long {', '.join(unknown)} takes is not known yet"
+        basis += f" How long {', '.join(unknown)} takes is not known yet and not in the sums."
     return Prediction(whole.dollars + dollars(sum(left), per_hour), sum(left), unknown, basis)
