@@ -5,13 +5,14 @@ from tael.serve.history.markdown import from_markdown, to_markdown
 from tael.serve.history.reading import read_export
 from tael.serve.history.store import History
 from tael.serve.history.tree import Head, Node, Role, State, Tree, leaf_below, path_to, siblings
-from tael.serve.history.votes import Vote, preferences
+from tael.serve.history.votes import Standing, Vote, preferences, standings
 
 __all__ = [
     "Head",
     "History",
     "Node",
     "Role",
+    "Standing",
     "State",
     "Tree",
     "Vote",
@@ -22,6 +23,7 @@ __all__ = [
     "preferences",
     "read_export",
     "siblings",
+    "standings",
     "to_json",
     "to_markdown",
 ]

@@ -30,6 +30,26 @@ def preferences(votes: Iterable[Vote]) -> str:
     return "".join(json.dumps(_preference(vote), ensure_ascii=False) + "\n" for vote in votes if not vote.tie)
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How one model fared."""
+
+    model: str
+    won: int
+    lost: int
+    even: int
+
+
+def standings(votes: Iterable[Vote]) -> list[Standing]:
+    """Every model that was voted on, the one that won the largest part first (a tie is half a win)."""
+    counts: dict[str, list[int]] = {}
+    for vote in votes:
+        for model, place in ((vote.chosen_model, 0), (vote.rejected_model, 1)):
+            counts.setdefault(model, [0, 0, 0])[2 if vote.tie else place] += 1
+    ranked = [Standing(model, *count) for model, count in counts.items()]
+    return sorted(ranked, key=lambda each: (-(each.won + each.even / 2) / sum(counts[each.model]), each.model))
+
+
 def _preference(vote: Vote) -> dict[str, Any]:
     return {
         "prompt": vote.prompt,
