@@ -7,12 +7,16 @@ second one ends it at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from tael.errors import TaelError
 from tael.serve.app import make_app
@@ -33,6 +37,20 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._loop = service, asyncio.get_running_loop()
         self._ending: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals while serving; unlike uvicorn's, they are not raised again at the end, which would cut
+        short what comes after."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self._service.stopping:
@@ -85,6 +103,20 @@ def bind(settings: ServeSettings) -> socket.socket:
         raise TaelError(f"{settings.host} port {settings.port}: {reason}; choose another with --port") from None
 
 
+def _add_pages(app: FastAPI, service: Service) -> None:
+    from tael.serve.history import History  # NiceGUI takes a second to import
+    from tael.serve.pages import add_pages
+    from tael.serve.pages.answering import Answering
+    from tael.serve.runs import RunBook
+
+    settings = service.settings
+    state = state_directory(settings)
+    history = History(state / "conversations.sqlite")
+    runbook = RunBook(settings.runs, settings.recipes)
+    authenticate, required = service.authenticate, service.keys_required
+    add_pages(app, service, history, Answering(service, history), runbook, authenticate, required, state)
+
+
 async def serve(
     settings: ServeSettings,
     loader: Loader | None = None,
@@ -100,6 +132,8 @@ async def serve(
         raise
     try:
         app = make_app(service)
+        if settings.pages:
+            _add_pages(app, service)
         config = uvicorn.Config(
             app,
             log_config=None,
