@@ -148,6 +148,7 @@ def test_callers_and_tokens_that_are_over_take_no_memory(gate: Gate, clock: Cloc
         gate.enter(Caller(number, "passes by"), FREE, 1).close()
         clock.now += 1
     assert len(gate._accounts) < 130  # of the last minute, and LOCAL
+    refused(gate, LOCAL, KeyLimits(concurrent=1))  # still known to be inside
     for _ in range(20_000):
         stays.spend(1)
         clock.now += 0.001
@@ -191,7 +192,7 @@ def exact_wait(log: list[tuple[int, int]], now: int, amount: int, limit: int) ->
 EVENTS = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 40), st.integers(0, 30)), max_size=40)
 
 
-@settings(deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(EVENTS, st.integers(1, 6), st.integers(40, 120), st.sampled_from([1, 7, 100]))
 def test_no_minute_holds_more_and_retry_after_is_the_moment(
     events: list[tuple[int, int, int]], most: int, limit: int, unit: int
@@ -211,8 +212,8 @@ def test_no_minute_holds_more_and_retry_after_is_the_moment(
             lease = gate.enter(ANNA, limits, prompt)
         except ApiError as error:
             wait = error.retry_after
-            assert wait is not None and exact / 1000 - 1e-6 <= wait < exact / 1000 + GRAIN
-            assert unit < 100 or wait == pytest.approx(exact / 1000, abs=1e-6)
+            assert wait is not None and exact / 1000 <= wait < exact / 1000 + GRAIN
+            assert unit < 100 or wait == exact / 1000
             clock.now += wait - 1e-5
             assert refused(gate, ANNA, limits, prompt)
             clock.now += 1e-5

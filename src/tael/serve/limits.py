@@ -193,7 +193,7 @@ class Gate:
                 del self._accounts[owner]
 
     def _now(self) -> int:
-        return math.floor(self._clock() * 1e6)
+        return round(self._clock() * 1e6)
 
 
 class Lease:
