@@ -1,4 +1,4 @@
-"""The side-by-side page over models that say what the test wants: `python compare_server.py PORT HISTORY`.
+"""The side-by-side page over models that say what the test wants: `python compare_server.py HISTORY`.
 
 An answer begins, then waits until the test posts to /go, so that what is shown in between can be looked at.
 """
@@ -6,7 +6,9 @@ An answer begins, then waits until the test posts to /go, so that what is shown 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from tael.serve.caller import LOCAL
 from tael.serve.errors import ApiError
 from tael.serve.history import History
 from tael.serve.pages.compare import compare_page
-from tael.serve.pages.frame import serve_static
+from tael.serve.pages.frame import frame, serve_static
 
 EVIL = "<script>document.title='stolen'</script><img src=x onerror=\"document.title='stolen'\">"
 
@@ -78,13 +80,14 @@ def usage(tokens: int) -> dict[str, Any]:
     }
 
 
-def main(port: int, path: str) -> None:
+def main(path: str) -> None:
     history, app = History(path), FastAPI()
     scripted = Scripted()
 
     @ui.page("/compare")
     def page() -> None:
-        compare_page(scripted, history, LOCAL, random.Random(1))
+        with frame("Compare", "/compare"):
+            compare_page(scripted, history, LOCAL, random.Random(1))
 
     @app.post("/go")
     async def go() -> None:
@@ -99,9 +102,11 @@ def main(port: int, path: str) -> None:
         return {"bodies": scripted.bodies, "open": scripted.open}
 
     serve_static()
-    ui.run_with(app, title="Tael", reconnect_timeout=0.2)
-    uvicorn.run(app, host="localhost", port=port, log_level="warning")
+    ui.run_with(app, title="Tael", tailwind=False, reconnect_timeout=0.2)
+    listener = socket.create_server(("localhost", 0))
+    print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1])

@@ -3,53 +3,33 @@
 from __future__ import annotations
 
 import json
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tael.serve.history import History
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
-
-SERVER = Path(__file__).with_name("compare_server.py")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 DEADLINE = 30.0
 
 
+@dataclass
 class Site:
     """The server of compare_server.py, and what may be asked of it."""
 
-    def __init__(self, folder: Path):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://localhost:{port}"
-        self.path = folder / "conversations.sqlite"
-        self.log = folder / "log"
-        with self.log.open("w") as log:
-            command = [sys.executable, str(SERVER), str(port), str(self.path)]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        until(lambda: self.state() is not None)
+    url: str
+    path: Path
 
     def state(self) -> Any:
-        assert self.process.poll() is None, self.log.read_text()
-        try:
-            with urllib.request.urlopen(f"{self.url}/state") as answer:
-                return json.load(answer)
-        except OSError:
-            return None
+        return httpx.get(f"{self.url}/state").json()
 
     def post(self, path: str) -> None:
-        urllib.request.urlopen(urllib.request.Request(self.url + path, method="POST")).close()
+        httpx.post(self.url + path).raise_for_status()
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -60,42 +40,21 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Iterator[Site]:
-    site = Site(tmp_path_factory.mktemp("compare"))
-    yield site
-    site.process.terminate()
-    site.process.wait(DEADLINE)
-    assert "Traceback" not in site.log.read_text()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
+def site(start_server, tmp_path_factory) -> Iterator[Site]:
+    path = tmp_path_factory.mktemp("compare") / "conversations.sqlite"
+    with start_server("compare_server.py", str(path)) as server:
+        yield Site(server.base, path)
 
 
 @pytest.fixture
-def page(site, browser) -> Iterator[Any]:
+def page(site, contexts) -> Iterator[Any]:
     site.post("/hold")
-    problems: list[str] = []
-    context = browser.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True)
-    page = context.new_page()
-    page.set_default_timeout(DEADLINE * 1000)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
-    page.on(
-        "request",
-        lambda request: request.url.startswith((site.url, "ws", "data", "blob")) or problems.append(request.url),
-    )
-    page.goto(f"{site.url}/compare")
+    page = contexts(site.url, viewport={"width": 1200, "height": 900}).new_page()
+    page.goto("/compare")
     # A page takes clicks once its socket is up.
     page.wait_for_function("window.socket && window.socket.connected")
     yield page
-    context.close()
     site.post("/go")
-    assert problems == []
 
 
 def expect(locator: Any) -> Any:

@@ -15,7 +15,7 @@ from tael.serve.history import History, Node, Standing, Vote, preferences, stand
 from tael.serve.pages.answering import ChatService
 from tael.serve.pages.contest import Choice, Contest, Side
 from tael.serve.pages.figures import figures_line, thought_line
-from tael.serve.pages.frame import STATIC, frame
+from tael.serve.pages.frame import STATIC
 from tael.serve.pages.transcript import Live
 from tael.serve.pages.widgets import Field, area_field, button, choice_field, html, text, text_field, tick_field
 from tael.serve.pages.wishes import MAX_QUESTION, Settings, request_body
@@ -30,14 +30,13 @@ _SEND_ON_ENTER = (
 
 
 def compare_page(service: ChatService, history: History, caller: Caller, draw: random.Random | None = None) -> None:
-    """Build the page, frame and all, inside a `@ui.page`. `draw` decides which model of a blind pair stands left.
+    """Build the page's content, inside `frame`. `draw` decides which model of a blind pair stands left.
 
-    An answer belongs to the page: closing it ends what runs. Votes are kept.
+    Answers belong to the page: once it is closed for good, what runs ends. Votes are kept.
     """
     ui.add_head_html(f"<style>{(STATIC / 'compare.css').read_text(encoding='utf-8')}</style>")
-    with frame("Compare", "/compare", "" if caller.key_id is None else caller.name):
-        text("Compare", "h1")
-        _Page(service, history, caller, draw)
+    text("Compare", "h1")
+    _Page(service, history, caller, draw)
 
 
 class _Page:
