@@ -243,6 +243,21 @@ def test_rows_beyond_the_tokenizer_and_special_tokens_are_barred(tokenizer: Toke
         assert np.flatnonzero(grammar.allowed()).tolist() == [tokenizer.eos_id]
 
 
+def test_a_grammar_with_special_tokens(tokenizer: Tokenizer, compiler: ConstraintCompiler) -> None:
+    """They come only where the grammar has them, by their ids; spelled out they are text like any other."""
+    user, eos = tokenizer.user_id, tokenizer.eos_id
+    assert user is not None and eos is not None
+    constraint = Constraint.grammar(f"start: /[a-z]*/ <[{user}]> %json {json.dumps(SCHEMA['properties']['tags'])}")
+    for seed in range(4):
+        tokens = say(state_for(compiler, constraint, seed), seed, eos, (user, *closers(tokenizer)))
+        assert tokens[-1] == eos and tokens.count(user) == 1
+        at = tokens.index(user)
+        assert re.fullmatch("[a-z]*", tokenizer.decode(tokens[:at]))
+        assert set(json.loads(tokenizer.decode(tokens[at:]))) <= {True, False}
+    grammar = compiler.compile(constraint)
+    assert not grammar.allows(tokenizer.encode("<｜User｜>")[0]) and grammar.allows(user)
+
+
 def test_grammars_of_one_constraint_do_not_meet(tokenizer: Tokenizer, compiler: ConstraintCompiler) -> None:
     constraint = Constraint.choice(["no", "yes"])
     first, second = compiler.compile(constraint), compiler.compile(constraint)
@@ -289,6 +304,8 @@ def test_a_fault_in_the_middle_ends_the_answer(tokenizer: Tokenizer, compiler: C
         (lambda: Constraint.choice(["a", ""]), "strings that are not empty"),
         (lambda: Constraint.choice([1]), "strings that are not empty"),  # type: ignore[list-item]
         (lambda: Constraint.choice(["x" * 100] * 1024), "at most 65536 characters together"),
+        (lambda: Constraint.grammar(""), "a grammar must have 1 to 524288 characters, not 0"),
+        (lambda: Constraint.grammar("#" * 600_000), "not 600000"),
         (lambda: Constraint.json_schema("{nope"), "the schema is not JSON: Expecting property name"),
         (lambda: Constraint.json_schema("[1]"), "a schema is a JSON object, not list"),
         (lambda: Constraint.json_schema({"a": {1}}), "the schema is not JSON: Object of type set"),
@@ -320,6 +337,10 @@ def nested(depth: int) -> dict[str, Any]:
         (Constraint.regex("a{100000000}"), "too many expressions"),
         (Constraint.regex("\ud800"), "cannot use this regex"),
         (Constraint.choice(["\ud800"]), "cannot use this choice"),
+        (Constraint.grammar("start: /(a/"), "cannot use this grammar"),
+        (Constraint.grammar("start: nowhere"), "cannot use this grammar: .*nowhere"),
+        (Constraint.grammar("start: <[9999]>"), "cannot use this grammar"),
+        (Constraint.grammar("start: /(a{1000}){1000}/"), "cannot use this grammar: .*"),
         (Constraint.json_schema({"type": "strng"}), "cannot use this json_schema: Invalid type: strng"),
         (Constraint.json_schema({"not": {}}), "Unimplemented keys"),
         (Constraint.json_schema({"$ref": "http://example.com/schema"}), "does not fetch resources"),

@@ -259,7 +259,10 @@ class ConstraintCompiler:
         except Exception as error:  # llguidance raises ValueError, UnicodeError and others for what it cannot read
             fault = str(error) or type(error).__name__
         if matcher is None or fault:
-            raise TaelError(f"constraint: cannot use this {constraint.kind}: {_one_line(fault)}")
+            what = str(constraint.kind)
+            if what == "lark":
+                what, fault = "grammar", fault.partition("\n")[0]  # after it comes the grammar itself
+            raise TaelError(f"constraint: cannot use this {what}: {_one_line(fault)}")
         return matcher
 
 

@@ -25,6 +25,8 @@ LONGEST_RAW = 1024
 """A longer string's length is not enforced: counting costs a state a character."""
 
 _DSML = recipe.SpecialToken.Dsml.default_str()
+_NAME = "[A-Za-z_][A-Za-z0-9_]{0,63}"
+"""Of an argument that no schema lists."""
 _DEFINITIONS = ("$defs", "definitions")
 _WHOLE = (
     *("allOf", "anyOf", "oneOf", "not", "if", "enum", "const", "patternProperties", "propertyNames"),
@@ -35,8 +37,8 @@ _BEYOND_LENGTH = ("pattern", "format", "allOf", "anyOf", "oneOf", "not", "if", "
 
 
 def name_in_dsml(name: str) -> str:
-    """A parameter's name between DSML's quotation marks: the parser takes it into JSON as it stands there, and ends it
-    at a quotation mark or a space."""
+    """A parameter's name between DSML's quotation marks: the parser takes it into JSON as it stands there, and takes
+    a quotation mark or a space for its end."""
     text = json.dumps(name, ensure_ascii=False)[1:-1].replace('\\"', "\\u0022")
     return text.replace(" ", "\\u0020").replace("<", "\\u003c")
 
@@ -123,9 +125,7 @@ class _Dsml:
         raw, value = shape
         attribute = f'" string="{str(raw).lower()}">'
         if name is None:
-            opened = (
-                f"{self.line('<', 'parameter name=' + chr(34))} /[A-Za-z_][A-Za-z0-9_]{{0,63}}/ {_quoted(attribute)}"
-            )
+            opened = f"{self.line('<', 'parameter name=' + chr(34))} /{_NAME}/ {_quoted(attribute)}"
         else:
             opened = self.line("<", f'parameter name="{name}{attribute}')
         if raw:
@@ -203,18 +203,25 @@ def _object_schema(tool: recipe.ToolDefinition) -> dict[str, Any]:
     if whole or schema.get("type", "object") != "object":
         what = f"'{whole[0]}' at the top" if whole else f"type {schema['type']!r}"
         raise TaelError(f"tools: the parameters of {tool.name} cannot be enforced: {what}; list them in 'properties'")
-    properties, required = schema.get("properties") or {}, schema.get("required") or []
-    if not isinstance(properties, dict) or not isinstance(required, list):
-        raise TaelError(f"tools: the parameters of {tool.name} are no JSON schema: 'properties' or 'required'")
-    properties = properties | {str(name): {} for name in required if name not in properties}
+    properties, others = _arguments(tool.name, schema)
     if "" in properties:
         raise TaelError(f"tools: the parameters of {tool.name} cannot be enforced: one has an empty name")
-    others = schema.get("additionalProperties", False if "properties" in schema else {})
     return _definitions(schema) | {
         "properties": properties,
-        "required": required,
+        "required": schema.get("required") or [],
         "others": None if others is False else others,
     }
+
+
+def _arguments(tool: str, schema: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Arguments that have a name, the required ones among them, and the schema of all others: False where some are
+    listed, since one of another name could not be told from those, though JSON schema would allow it."""
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise TaelError(f"tools: the parameters of {tool} are no JSON schema: 'properties' or 'required'")
+    more = schema.get("additionalProperties", "properties" not in schema)
+    unlisted = {str(name): schema.get("additionalProperties", {}) for name in required if name not in properties}
+    return properties | unlisted, False if properties or unlisted else more
 
 
 def _in_definitions(value: Any, schema: dict[str, Any]) -> dict[str, Any]:
@@ -233,10 +240,20 @@ def _json_schema(schema: dict[str, Any], lenient: bool) -> str:
 
 
 def _hermes_schema(tool: recipe.ToolDefinition) -> str:
-    parameters = _parameters(tool)
-    properties = {"name": {"const": tool.name}, "arguments": {"type": "object"} | parameters}
+    arguments = _closed(tool)
+    properties = {"name": {"const": tool.name}, "arguments": {"type": "object"} | arguments}
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-    return _json_schema(_definitions(parameters) | schema, _lenient(tool))
+    return _json_schema(_definitions(arguments) | schema, _lenient(tool))
+
+
+def _closed(tool: recipe.ToolDefinition) -> dict[str, Any]:
+    """The schema without arguments of any odd name: none but the listed ones, or with names as programs have."""
+    schema = _parameters(tool)
+    if set(schema) & {"$ref", *_WHOLE} or schema.get("additionalProperties") is False:
+        return schema
+    properties, others = _arguments(tool.name, schema)
+    named = {} if others is False else {"patternProperties": {f"^{_NAME}$": others}}
+    return schema | {"properties": properties, "additionalProperties": False} | named
 
 
 # ------------------------------------------------------------------------ Lark

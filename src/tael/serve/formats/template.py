@@ -112,7 +112,7 @@ class TemplateFormat:
             return self._started(ids, "think" if thinking else "direct")
         if reasoning:
             ids = self._started(ids, "think").ids if self.thinks else ids + self._tag(THINK)
-            gap = "" if self.tokenizer.decode(ids[-2:]).endswith("\n") else "\n"
+            gap = "" if self.tokenizer.decode(ids[-1:], skip_special=False).endswith("\n") else "\n"
             ids = ids + self._plain_ids(gap + reasoning)
             if not content:
                 return Prompt(ids, "think")
