@@ -72,7 +72,7 @@ class Answer:
         for event in events:
             self._count(event)
             for piece in self._feeder.push(event):
-                made += self._open().push(piece)
+                made += self._push(piece)
         self.counts.reasoning = self._feeder.reasoning
         if events[-1].finish_reason is not None:
             made += self._end(events[-1].finish_reason)
@@ -97,13 +97,17 @@ class Answer:
             self._ready = self._processor.push(recipe.InferenceChunk.ready(prompt_usage=usage))
         return self._processor
 
+    def _push(self, piece: recipe.InferenceChunk) -> list[Any]:
+        """The parser ends by itself at a stop string; what the engine says after that is not the answer's."""
+        processor = self._open()
+        return [] if processor.finished else processor.push(piece)
+
     def _end(self, reason: str) -> list[Any]:
         made: list[Any] = []
         for piece in self._feeder.finish():
-            made += self._open().push(piece)
-        processor = self._open()
-        made += processor.push(recipe.InferenceChunk.finish(_ENDINGS.get(reason, _ENDINGS["length"])))
-        return made + processor.finish()
+            made += self._push(piece)
+        made += self._push(recipe.InferenceChunk.finish(_ENDINGS.get(reason, _ENDINGS["length"])))
+        return made + self._open().finish()
 
     def _out(self, made: list[Any]) -> list[Chunk]:
         ready, self._ready = self._ready, []
