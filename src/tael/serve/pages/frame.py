@@ -45,9 +45,8 @@ def frame(title: str, current: str, name: str = "", plain: bool = True) -> Itera
     that lays itself out takes the whole room, and may fill the column at its left (the element `side`).
     """
     _head(title)
-    ui.dark_mode({"dark": True, "light": False}.get(_theme()))
     with ui.element("div").classes("app"):
-        with ui.element("header").classes("top"):
+        with ui.element("header").classes("top").props("role=banner"):
             html('<a class="skip" href="#main">Skip to the content</a>', tag="span")
             if not plain:
                 toggle = icon_button("Conversations", "menu")
@@ -66,12 +65,16 @@ def frame(title: str, current: str, name: str = "", plain: bool = True) -> Itera
 def bare(title: str) -> Iterator[None]:
     """A page with nothing around it."""
     _head(title)
-    ui.dark_mode({"dark": True, "light": False}.get(_theme()))
     with ui.element("main").classes("bare").props('id="main"'):
         yield
 
 
 def _head(title: str) -> None:
+    ui.dark_mode({"dark": True, "light": False}.get(_theme()))
+    outer = ui.context.client.content.parent_slot
+    if outer is not None:
+        # Quasar's page calls itself <main>, but the line at the top is in it.
+        outer.parent.props["role"] = "presentation"
     ui.page_title(f"{title} · Tael" if title else "Tael")
     version = _version()
     ui.add_head_html(

@@ -12,6 +12,8 @@ from nicegui.element import Element
 
 from tael.serve.pages.icons import icon
 
+# Vue would put "value" back at every change anywhere on the page, over what is being typed.
+_START = ".defaultValue"
 _VALUE = "(e) => emit(e.target.type === 'checkbox' ? e.target.checked : e.target.value)"
 
 
@@ -60,7 +62,7 @@ class Field:
 def _labelled(label: str, hint: str, tick: bool = False) -> Iterator[list[Element]]:
     """Put the label beside the one control that is made inside and appended to the list."""
     made: list[Element] = []
-    with ui.element("div").classes("field row" if tick else "field"):
+    with ui.element("div").classes("field ticked" if tick else "field"):
         words = None if tick else text(label, "label")
         yield made
         words = words or text(label, "label")
@@ -74,7 +76,7 @@ def text_field(label: str, value: str = "", hint: str = "", kind: str = "text", 
     """One line of text; `kind` is the type of the HTML input."""
     with _labelled(label, hint) as made:
         made.append(control := ui.element("input"))
-        control.props.update({"type": kind, "value": value, "autocomplete": "off"} | props)
+        control.props.update({"type": kind, _START: value, "autocomplete": "off"} | props)
         return Field(control, value)
 
 
@@ -82,7 +84,7 @@ def area_field(label: str, value: str = "", hint: str = "", rows: int = 4) -> Fi
     """Several lines of text."""
     with _labelled(label, hint) as made:
         made.append(control := ui.element("textarea"))
-        control.props.update({"value": value, "rows": rows})
+        control.props.update({_START: value, "rows": rows})
         return Field(control, value)
 
 

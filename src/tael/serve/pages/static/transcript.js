@@ -4,7 +4,7 @@ export default {
   template: `
     <div class="transcript">
       <div class="scroller" ref="scroller" @scroll.passive="scrolled" @click="clicked" @keydown="typed">
-        <div class="column" ref="column" role="log" aria-live="off" :aria-label="label"></div>
+        <div class="messages" ref="messages" role="log" aria-live="off" :aria-label="label"></div>
       </div>
       <button v-show="!following" type="button" class="latest" aria-label="Go to the latest message" @click="toEnd">↓ Latest</button>
       <div class="unseen" role="status" aria-live="polite" ref="spoken"></div>
@@ -17,9 +17,9 @@ export default {
   methods: {
     // Keep the first `keep` messages, put these in place of the others.
     splice(keep, items) {
-      const column = this.$refs.column;
-      while (column.children.length > keep) column.lastElementChild.remove();
-      for (const html of items) column.insertAdjacentHTML("beforeend", html);
+      const messages = this.$refs.messages;
+      while (messages.children.length > keep) messages.lastElementChild.remove();
+      for (const html of items) messages.insertAdjacentHTML("beforeend", html);
       this.toEnd();
     },
     replace(node, html) {
@@ -59,7 +59,7 @@ export default {
       window.tael.grow(target);
     },
     article(node) {
-      return this.$refs.column.querySelector(`:scope > [data-node="${Number(node)}"]`);
+      return this.$refs.messages.querySelector(`:scope > [data-node="${Number(node)}"]`);
     },
     part(article, name) {
       return article.querySelector(`[data-part="${name}"]`) || document.createElement("div");
