@@ -49,7 +49,7 @@ class TextExchange:
         self.created = int(time.time())
         self._race = Race(service.worker, hosted, order.prompt, order.params)
         self._echo = [order.text] * len(order.params)
-        self._logprobs = [_Logprobs(hosted) for _ in order.params]
+        self._logprobs = [_Logprobs(hosted, len(order.text)) for _ in order.params]
 
     async def start(self, salt: str | None) -> None:
         await self._race.start(salt, True)
@@ -136,10 +136,10 @@ def _ending(events: Sequence[TokenEvent]) -> str | None:
 
 
 class _Logprobs:
-    """OpenAI's legacy form: parallel lists."""
+    """OpenAI's legacy form: parallel lists; `offset` is the length of what is echoed before."""
 
-    def __init__(self, hosted: Hosted) -> None:
-        self._tokenizer, self._offset = hosted.tokenizer, 0
+    def __init__(self, hosted: Hosted, offset: int) -> None:
+        self._tokenizer, self._offset = hosted.tokenizer, offset
 
     def push(self, events: Sequence[TokenEvent]) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

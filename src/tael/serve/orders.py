@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,6 +91,7 @@ class Protocol:
     def order(self, body: Body, id: str, spec: ModelSpec, thinks: bool, context: int, most_choices: int) -> Order:
         """Understand a request's body. Raises ApiError."""
         wishes = read_wishes(body, self.name, spec, thinks, most_choices)
+        self._refuse_unheard(body)
         plain = self._plain(body, thinks)
         options = _options(str(body.get("model", "")), spec, context)
         try:
@@ -98,7 +99,7 @@ class Protocol:
             extras = (request.echo(), request.namespace_tool_map(options)) if self.name == "responses" else None
             converted = request.convert(options)
         except recipe.ConversionError as error:
-            raise _conversion_error(error) from None
+            raise self._conversion_error(error) from None
         except ValueError as error:
             raise self._malformed(plain, str(error)) from None
         model = str(body.get("model", ""))
@@ -107,7 +108,6 @@ class Protocol:
             made = self.request.chunk_generator(converted, id, model)
             return made if extras is None else made.with_echo(extras[0]).with_namespace_tool_map(extras[1])
 
-        _refuse_images(converted.conversation)
         return Order(self, id, model, converted, wishes, generator)
 
     def _plain(self, body: Body, thinks: bool) -> Body:
@@ -126,6 +126,34 @@ class Protocol:
             else:
                 plain["thinking"] = {"type": "disabled"}
         return plain
+
+    @property
+    def dialogue(self) -> str:
+        """The field that holds what was said."""
+        return "input" if self.name == "responses" else "messages"
+
+    @property
+    def limit(self) -> str:
+        """The field that bounds the answer."""
+        return "max_output_tokens" if self.name == "responses" else "max_tokens"
+
+    def _refuse_unheard(self, body: Body) -> None:
+        """Refuse what deepseek-recipe would pass over in silence, though the answer would be another."""
+        for place in _images(body.get(self.dialogue), self.dialogue):
+            raise ApiError(400, f"{place}: is an image, and this model reads text only", place)
+        if self.name == "responses" and body.get("previous_response_id") is not None:
+            name = "previous_response_id"
+            raise ApiError(400, f"{name}: nothing is kept here; send the whole conversation as input", name)
+
+    def _conversion_error(self, error: recipe.ConversionError) -> ApiError:
+        """The library's complaint, with the field in front that it is about."""
+        try:
+            message = json.loads(error.body)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = error.body or "the request cannot be converted"
+        found = next((name for name in _COMPLAINTS if name in message.lower()), None)
+        name = {"messages": self.dialogue, "max_tokens": self.limit}.get(found or "", found)
+        return ApiError(error.status_code, f"{name}: {message}" if name else message, name)
 
     def _malformed(self, body: Body, message: str) -> ApiError:
         """The library's words on a malformed body, with the field that is to blame in front."""
@@ -156,6 +184,12 @@ class Protocol:
                 return name
         return None
 
+
+_COMPLAINTS = (
+    *("max_tokens", "temperature", "top_p", "tool_choice", "top_logprobs", "response_format", "seed", "stop"),
+    *("input", "messages", "tools"),
+)
+"""Fields by which deepseek-recipe's complaints are known."""
 
 _OURS = frozenset(
     (
@@ -268,21 +302,14 @@ def _options(model: str, spec: ModelSpec, context: int) -> recipe.ConversionOpti
     ).with_model_versions_by_name({model: recipe.ModelVersion.DeepseekV4Pro})
 
 
-def _conversion_error(error: recipe.ConversionError) -> ApiError:
-    """The library's complaint; the field it names, if it names one, as `param`."""
-    try:
-        message = json.loads(error.body)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = error.body or "the request cannot be converted"
-    known = ("max_tokens", "temperature", "top_p", "stop", "tool_choice", "messages", "top_logprobs", "seed", "tools")
-    return ApiError(error.status_code, message, next((name for name in known if name in message), None))
-
-
-def _refuse_images(conversation: recipe.Conversation) -> None:
-    for place, message in enumerate(conversation.messages):
-        if message.image_sources:
-            name = f"messages[{place}]"
-            raise ApiError(400, f"{name}: holds an image, and this model reads text only", name)
+def _images(items: Any, name: str) -> Iterator[str]:
+    """Where in a list of messages, or of parts of one, images are."""
+    for place, item in enumerate(items if isinstance(items, list) else ()):
+        if isinstance(item, Mapping):
+            here = f"{name}[{place}]"
+            if item.get("type") in ("image", "image_url", "input_image"):
+                yield here
+            yield from _images(item.get("content"), f"{here}.content")
 
 
 def _kind(value: Any) -> str:

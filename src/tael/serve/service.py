@@ -222,7 +222,9 @@ def sampling(order: Order, hosted: Hosted, prompt: Prompt) -> list[SamplingParam
     try:
         most = request.resolve_max_tokens(len(prompt.ids), hosted.context)
     except recipe.ConversionError as error:
-        raise ApiError(400, json.loads(error.body)["error"]["message"], "max_tokens") from None
+        protocol = order.protocol
+        name = protocol.dialogue if options.max_tokens is None else protocol.limit
+        raise ApiError(400, f"{name}: {json.loads(error.body)['error']['message']}", name) from None
     seed = options.seed if options.seed is not None else secrets.randbelow(2**31)
     try:
         params = SamplingParams(
