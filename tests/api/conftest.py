@@ -15,11 +15,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from scripted import ScriptedModel, loader, make_tokenizer, scripted_model  # noqa: E402
-from serving import Running, running  # noqa: E402
+from scripted import ScriptedModel, loader, make_tokenizer, scripted_model
+from serving import Running, running
 
-from tael.data import Tokenizer  # noqa: E402
-from tael.serve.settings import ModelSpec  # noqa: E402
+from tael.data import Tokenizer
+from tael.serve.settings import ModelSpec
 
 DSML = "｜DSML｜"
 

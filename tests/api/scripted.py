@@ -99,6 +99,10 @@ class ScriptedRunner:
         assert end is not None
         return answer[place] if place < len(answer) else end
 
+    def read(self, place: int) -> list[int]:
+        """One of the prompts that were answered, in the order they first came."""
+        return list(list(self._answers)[place])
+
     def logits(self, hidden: Tensor) -> Tensor:
         logits = torch.zeros(len(hidden), self.config.vocab_size)
         logits[torch.arange(len(hidden)), hidden[:, 0].long()] = 30.0

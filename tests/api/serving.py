@@ -44,7 +44,9 @@ class Running:
 
 
 @contextmanager
-def running(state: Path, specs: list[ModelSpec], loader: models.Loader, journal: Any = None, **options: Any) -> Iterator[Running]:
+def running(
+    state: Path, specs: list[ModelSpec], loader: models.Loader, journal: Any = None, **options: Any
+) -> Iterator[Running]:
     """Serve `specs` on a free port until the block ends."""
     defaults: dict[str, Any] = {"port": 0, "pages": False, "grace": 5.0}
     settings = ServeSettings(state=state, models=tuple(specs), **(defaults | options))
