@@ -85,10 +85,8 @@ def run(client: OpenAI, model: str, question: str, first_choice: str = "auto") -
         said = answer.choices[0].message.model_dump(exclude_none=True)
         messages.append(said)
         usage = answer.usage.model_dump() if answer.usage else {}
-        print(
-            f"[turn {turn + 1}: {usage['prompt_tokens']} tokens read, {usage['prompt_cache_hit_tokens']} of them from "
-            f"the cache, ${usage['cost']:.7f}]"
-        )
+        hits, cost = usage["prompt_cache_hit_tokens"], usage["cost"]
+        print(f"[turn {turn + 1}: {usage['prompt_tokens']} tokens read, {hits} of them from the cache, ${cost:.7f}]")
         if not said.get("tool_calls"):
             return messages
         for call in said["tool_calls"]:

@@ -55,6 +55,7 @@ def make_app(service: Service) -> FastAPI:
     add_protocols(app, service)
     _add_models(app, service)
     _add_house(app, service)
+    _add_nothing(app)
     if service.settings.allow_origins:
         origins = list(service.settings.allow_origins)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -268,3 +269,14 @@ def _add_house(app: FastAPI, service: Service) -> None:
     app.add_api_route("/health", health, methods=["GET"], responses=schemas.responses(403))
     app.add_api_route("/ready", ready, methods=["GET"], responses=schemas.responses(403, 503))
     app.add_api_route("/metrics", metrics, methods=["GET"], responses=refusals)
+
+
+def _add_nothing(app: FastAPI) -> None:
+    """Paths that look like the API's and are none: an error clients can read, not a page for people."""
+
+    async def nothing(request: Request) -> Response:
+        raise HTTPException(404)
+
+    methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+    for prefix in ("/v1", "/beta", "/anthropic", "/chat", "/user"):
+        app.add_api_route(prefix + "/{rest:path}", nothing, methods=methods, include_in_schema=False)

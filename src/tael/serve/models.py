@@ -7,6 +7,7 @@ async with host.use("assistant") as hosted: ...        loads it first where need
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ class ModelHost:
         self._hosted: dict[str, Hosted] = {}
         self._known: dict[str, Traits] = {}
         self._loading = asyncio.Lock()
+        self._arriving: dict[str, asyncio.Task[Hosted]] = {}
         self.notify: Callable[[str], None] = lambda line: None
         self.started = int(time.time())
 
@@ -118,14 +120,19 @@ class ModelHost:
         spec = self.spec(name)
         if (hosted := self._hosted.get(spec.name)) is not None:
             return hosted
-        async with self._loading:
-            if (hosted := self._hosted.get(spec.name)) is None:
-                hosted = await self._bring(spec)
-            return hosted
+        if (task := self._arriving.get(spec.name)) is None:
+            task = self._arriving[spec.name] = asyncio.ensure_future(self._bring(spec))
+            task.add_done_callback(lambda _: self._arriving.pop(spec.name, None))
+        return await asyncio.shield(task)  # who hangs up meanwhile does not end it for the others
 
     async def _bring(self, spec: ModelSpec) -> Hosted:
+        async with self._loading:
+            return await self._bring_alone(spec)
+
+    async def _bring_alone(self, spec: ModelSpec) -> Hosted:
         if spec.name in self._known:
             self._make_room(self._known[spec.name].bytes, spec.name)
+        gc.collect()  # engines refer to themselves: what was unloaded is freed now
         self.notify(f"{spec.name}: loading {spec.model}")
         began = time.perf_counter()
         try:
