@@ -29,7 +29,7 @@ $(ALL): $(CORE)
 
 demo: $(CORE)  ## from text to a reasoning assistant, with its price
 	@$(BIN)/tael run recipes/demo.toml
-	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/tael chat runs/demo; else echo "(tael is $(BIN)/tael)"; fi
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/tael serve --open; else echo "(tael is $(BIN)/tael; tael serve opens the assistant)"; fi
 
 test: setup  ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)

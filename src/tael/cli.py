@@ -121,6 +121,7 @@ def _show_end(console: Console, directory: Path, summary: dict[str, Any], as_jso
     console.print(headline(record, sum_totals(stage_totals(record, ledger))), style="bold", highlight=False)
     console.print(f"report: {report_page}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"talk to it: tael chat {directory}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"in the browser: tael serve {directory}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
