@@ -312,6 +312,11 @@ def test_the_good_ones_of_those_are_read(history):
     assert read_export('{"messages": []}')[0].nodes == []
 
 
+def test_what_is_no_json_is_refused_when_read():
+    with pytest.raises(TaelError, match="NaN is no JSON"):
+        from_json(BAD["not a number"])
+
+
 def test_too_large_a_file_is_refused(monkeypatch):
     monkeypatch.setattr(exchange, "MAX_BYTES", 1000)
     with pytest.raises(TaelError, match="MB"):
