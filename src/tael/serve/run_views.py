@@ -288,7 +288,7 @@ def predict(stages: list[StageView], whole: Total, per_hour: float) -> Predictio
         return Prediction(whole.dollars, 0.0)
     if not left:
         return Prediction(None, None, unknown, "Nothing is predicted yet: no stage has taken two steps.")
-    basis = "Predicted from the seconds a step so far; stages to come by their tokens at that speed, or as an equal run took."
+    basis = "Predicted from the seconds a step so far; later ones by their tokens at that speed, or by an equal run."
     if unknown:
         basis += f" How long {', '.join(unknown)} takes is not known yet and not in the sums."
     return Prediction(whole.dollars + dollars(sum(left), per_hour), sum(left), unknown, basis)

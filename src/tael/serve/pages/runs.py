@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastapi.responses import HTMLResponse
+from fastapi import Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from markupsafe import Markup, escape
-from nicegui import run, ui
+from nicegui import app, run, ui
 from nicegui.element import Element
 
 from tael.errors import TaelError
@@ -37,15 +38,27 @@ STYLE = Path(__file__).with_name("static") / "runs.css"
 def runs_page(runbook: RunBook, caller: Caller | None) -> None:
     """The content of /runs. `caller` None may look, not start or stop."""
     add_style()
+    ui.add_head_html(_QUIET)
     RunsPage(runbook, may_steer=caller is not None).build(dict(ui.context.client.request.query_params))
 
 
-def report_response(runbook: RunBook, name: str) -> HTMLResponse:
-    """The run's report, a page of its own; its own rules let it load nothing."""
-    try:
-        return HTMLResponse(runbook.report(name))
-    except TaelError as error:
-        return HTMLResponse(f"<!DOCTYPE html><title>Tael</title><p>{escape(str(error))}</p>", 404)
+def add_reports(runbook: RunBook, asks: Callable[[Request], Caller | None]) -> None:
+    """Register /runs/NAME/report, to which the page links. `asks` tells who asks; None is sent to /login."""
+
+    @app.get("/runs/{name}/report")
+    def report(request: Request, name: str) -> Response:
+        if asks(request) is None:
+            return RedirectResponse("/login", 303)
+        try:
+            return HTMLResponse(runbook.report(name))
+        except TaelError as error:
+            return HTMLResponse(f"<!DOCTYPE html><title>Tael</title><p>{escape(str(error))}</p>", 404)
+
+
+# NiceGUI begins to watch a plot's size after plotly has come; one that was taken away meanwhile then complains.
+_QUIET = """<script>addEventListener("unhandledrejection", (event) => {
+  if (String(event.reason).includes("must be passed a displayed plot")) event.preventDefault();
+});</script>"""
 
 
 def add_style() -> None:
@@ -62,11 +75,11 @@ class RunsPage:
         self.chosen = ""
         self.marked: list[str] = []
         self._rows: dict[str, Row] = {}
-        self._order: list[tuple[str, str]] = []
+        self._states: dict[str, str] = {}
         self._panel: RunPanel | ComparePanel | None = None
 
     def build(self, query: dict[str, str]) -> None:
-        heads = sorted_heads(self.book.runs())
+        heads = self.book.runs()
         names = [head.name for head in heads]
         asked = [name for name in query.get("compare", "").split(",") if name in names]
         self.chosen = query.get("run", "") if query.get("run", "") in names else (names[0] if names else "")
@@ -103,17 +116,17 @@ class RunsPage:
         """Look again at everything that is shown."""
         heads = await run.io_bound(self.book.runs)
         if heads is not None:  # the server is not going down
-            self._show_list(sorted_heads(heads))
+            self._show_list(heads)
         if self._panel is not None:
             await self._panel.look()
 
     def _show_list(self, heads: list[RunHead]) -> None:
-        order = [(head.name, head.state) for head in heads]
-        if order != self._order:  # rarely: what has the focus in the list loses it
-            self._order = order
+        states = {head.name: head.state for head in heads}
+        if states != self._states:  # else it keeps its order, and what has the focus keeps it
+            self._states = states
             self._list.clear()
             with self._list:
-                self._rows = {head.name: Row(head, self) for head in heads}
+                self._rows = {head.name: Row(head, self) for head in sorted_heads(heads)}
         for head in heads:
             self._rows[head.name].show(head, current=head.name == self.chosen and isinstance(self._panel, RunPanel))
         self._none.set_visibility(not heads)
@@ -185,12 +198,8 @@ class RunsPage:
 
 
 def sorted_heads(heads: list[RunHead]) -> list[RunHead]:
-    """Those at work first, by name, so that they do not change places while they write; then the latest."""
-    return sorted(
-        heads,
-        key=lambda head: (True, 0, head.name) if head.state == "running" else (False, head.updated),
-        reverse=True,
-    )
+    """Those at work first, then the one that wrote last."""
+    return sorted(heads, key=lambda head: (head.state != "running", -head.updated, head.name))
 
 
 class Row:
