@@ -14,6 +14,7 @@ import deepseek_recipe as recipe
 from tael.data import Tokenizer
 from tael.data.tokenizer import END_THINK, THINK
 from tael.engine import TokenEvent
+from tael.serve.errors import ApiError
 from tael.serve.formats import ChatFormat, DeepSeekFormat, Prompt, Translator
 from tael.serve.models import Hosted
 from tael.serve.orders import Order
@@ -37,11 +38,16 @@ def make_feeder(order: Order, hosted: Hosted, prompt: Prompt, options: recipe.Pa
     reasoning = recipe.ThinkingInitialStage.ReasoningStart
     if prompt.starts == "answer" and options.thinking_initial_stage == reasoning:
         options.thinking_initial_stage = None
+    options.starts_in_tool_calls = prompt.starts == "calls"  # a template's prompt never is, and its calls say so
     logprobs = order.request.inference_options.logprobs
     free = prompt.starts == "free"
-    if isinstance(hosted.format, DeepSeekFormat) or (logprobs and not order.request.conversation.tools):
+    tools = bool(order.request.conversation.tools)
+    native = isinstance(hosted.format, DeepSeekFormat)
+    if logprobs and tools and not native:
+        raise ApiError(400, "logprobs: this model's format does not give them together with tools", "logprobs")
+    if native or logprobs:
         return TokenFeeder(hosted.tokenizer, options, free, logprobs)
-    translator = hosted.format.translator(prompt.starts) if order.request.conversation.tools else _Same()
+    translator = hosted.format.translator(prompt.starts) if tools else _Same()
     return TextFeeder(hosted.tokenizer, hosted.format, options, free, translator)
 
 

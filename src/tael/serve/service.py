@@ -129,7 +129,7 @@ class Service:
     def _understand(self, protocol: Protocol, body: Body, id: str, hosted: Hosted) -> tuple[Order, Prompt]:
         thinks, settings = hosted.format.thinks, self.settings
         order = protocol.order(body, id, hosted.spec, thinks, hosted.context, settings.max_choices)
-        conversation = order.request.conversation
+        conversation = order.conversation
         mode = order.wishes.mode if conversation.thinking_mode else "direct"
         try:
             prompt = hosted.format.encode(conversation, "continue" if order.prefixed else mode)
@@ -219,12 +219,7 @@ def sampling(order: Order, hosted: Hosted, prompt: Prompt) -> list[SamplingParam
     """How the engine is to sample, once a choice. Raises ApiError that names the field."""
     request, wishes, tokenizer = order.request, order.wishes, hosted.tokenizer
     options, parsing = request.inference_options, request.parsing_options
-    try:
-        most = request.resolve_max_tokens(len(prompt.ids), hosted.context)
-    except recipe.ConversionError as error:
-        protocol = order.protocol
-        name = protocol.dialogue if options.max_tokens is None else protocol.limit
-        raise ApiError(400, f"{name}: {json.loads(error.body)['error']['message']}", name) from None
+    most = _most_tokens(order, hosted, len(prompt.ids))
     seed = options.seed if options.seed is not None else secrets.randbelow(2**31)
     try:
         params = SamplingParams(
@@ -250,6 +245,19 @@ def sampling(order: Order, hosted: Hosted, prompt: Prompt) -> list[SamplingParam
     return [replace(params, seed=seed + i) for i in range(wishes.choices)]
 
 
+def _most_tokens(order: Order, hosted: Hosted, prompt: int) -> int:
+    """How long the answer may become. Clients of Messages have to name a number, and name large ones: what conversion
+    lowers to the context is lowered on to what the prompt leaves of it."""
+    asked, room, protocol = order.request.inference_options.max_tokens, hosted.context - prompt, order.protocol
+    if protocol.name == "messages" and asked == hosted.context and room > 0:
+        return room
+    try:
+        return order.request.resolve_max_tokens(prompt, hosted.context)
+    except recipe.ConversionError as error:
+        name = protocol.dialogue if asked is None else protocol.limit
+        raise ApiError(400, f"{name}: {json.loads(error.body)['error']['message']}", name) from None
+
+
 def refusal(error: TaelError) -> ApiError:
     """A complaint about sampling parameters, as the API says it."""
     message = str(error).removeprefix("sampling: ").removeprefix("constraint: ")
@@ -271,7 +279,7 @@ def _constraint(order: Order, hosted: Hosted) -> Constraint | None:
     if found.kind == "regex":
         return Constraint.regex(found.schema)
     tools = order.request.conversation.tools
-    required = found.kind == "tool_call_required"
+    required = order.must_call or found.kind == "tool_call_required"
     if required or any(tool.strict for tool in tools):
         named = {each["function"]["name"] for each in json.loads(found.schema)}
         chosen = [tool for tool in tools if tool.name in named]
