@@ -126,13 +126,19 @@ def test_counting_tokens(claude: anthropic.Anthropic, http: httpx.Client) -> Non
     assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"]
 
 
+def test_more_tokens_than_the_context_has_are_what_is_left_of_it(http: httpx.Client) -> None:
+    body = {"model": "tiny", "max_tokens": 10**6, "messages": HELLO}
+    answer = http.post("/anthropic/v1/messages", json=body)
+    assert answer.status_code == 200 and answer.json()["stop_reason"] == "end_turn"
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "status", "word"),
     [
         ({"model": "huge"}, "not_found_error", 404, "huge"),
         ({"temperature": "hot"}, "invalid_request_error", 422, "temperature"),
         ({"messages": []}, "invalid_request_error", 400, "messages"),
-        ({"max_tokens": 10**6}, "invalid_request_error", 400, "max_tokens"),
+        ({"max_tokens": 4095}, "invalid_request_error", 400, "max_tokens"),
         ({"top_k": "many"}, "invalid_request_error", 422, "top_k"),
     ],
 )
