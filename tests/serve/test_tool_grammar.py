@@ -12,6 +12,8 @@ import jsonschema_rs
 import pytest
 import tokenizers
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from tael.data import Tokenizer, train_tokenizer
@@ -305,6 +307,38 @@ def test_schemas_are_not_read_as_grammar(trained: Tokenizer) -> None:
     assert read(said, True, 4)[1] == [("f", {evil: evil})]
     said = say(compiler, trained, hermes_grammar(trained, [tool(schema)], True, False), 1)
     assert calls_in("hermes", said, True, 4)[1] == [("f", {evil: evil})]
+
+
+KEYWORDS = (
+    *("type", "properties", "required", "additionalProperties", "enum", "const", "$ref", "$defs", "items", "anyOf"),
+    *("minLength", "maxLength", "pattern", "format", "minimum", "x-guidance", "a"),
+)
+WORDS = ("string", "object", "array", "integer", "null", "a", "#/$defs/a", "#", "(", "date", "</", '"')
+JUNK = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-2, 9), st.sampled_from(WORDS)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    schema=st.dictionaries(st.sampled_from(KEYWORDS), JUNK, max_size=6),
+    properties=st.none() | st.dictionaries(st.sampled_from(WORDS), JUNK, max_size=3),
+    strict=st.booleans(),
+)
+def test_any_schema_is_used_or_refused(trained: Tokenizer, schema: Any, properties: Any, strict: bool) -> None:
+    """A schema may be any rubbish: one line says so, or what it allows can be said."""
+    if properties is not None:
+        schema = schema | {"properties": properties}
+    compiler = ConstraintCompiler(trained, trained.vocab_size)
+    for make, _ in FORMS.values():
+        try:
+            grammar = compiler.compile(make(trained, [tool(schema, strict=strict)], True, True))
+        except TaelError as error:
+            assert "\n" not in str(error)
+        else:
+            assert grammar.allowed().any()
 
 
 def test_many_tools_compile(trained: Tokenizer) -> None:

@@ -135,18 +135,18 @@ class _Dsml:
     def _shapes(self, schema: dict[str, Any], lenient: bool) -> list[tuple[bool, str]]:
         """How a value may be written: (raw?, terminal or rule), one or both."""
         kinds = schema.get("type")
-        kinds = set(kinds) if isinstance(kinds, list) else {kinds}
+        kinds = kinds if isinstance(kinds, list) else [kinds]
         listed = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(listed, list) and listed and all(_can_be_raw(value) for value in listed):
             return [(True, f"({' | '.join(_quoted(value) for value in listed)})")]
         as_json = (False, f"%json {_json_schema(schema, lenient)}")
-        if not ("string" in kinds or kinds == {None}) or listed is not None or set(schema) & set(_BEYOND_LENGTH):
+        if not ("string" in kinds or kinds == [None]) or listed is not None or set(schema) & set(_BEYOND_LENGTH):
             return [as_json]
         length = _length(schema)
         if length is None:
             return [as_json]
         text = (True, self._terminal(f"RAW & {length}") if length else "RAW")
-        return [text] if kinds == {"string"} else [text, as_json]
+        return [text] if kinds == ["string"] else [text, as_json]
 
 
 def _can_be_raw(value: Any) -> bool:
@@ -155,7 +155,7 @@ def _can_be_raw(value: Any) -> bool:
 
 def _length(schema: dict[str, Any]) -> str | None:
     """A terminal of as many characters as the schema allows; empty for any number, None where JSON has to count."""
-    least, most = schema.get("minLength", 0), schema.get("maxLength")
+    least, most = schema.get("minLength") or 0, schema.get("maxLength")
     if least == 0 and most is None:
         return ""
     numbers = [n for n in (least, most) if n is not None]
@@ -195,7 +195,8 @@ def _object_schema(tool: recipe.ToolDefinition) -> dict[str, Any]:
     schema = _parameters(tool)
     for _ in range(8):  # pydantic writes a recursive model as a reference to its definition
         place = re.fullmatch(r"#/(\$defs|definitions)/([^/]+)", str(schema.get("$ref")))
-        target = schema.get(place[1], {}).get(place[2]) if place else None
+        known = schema.get(place[1]) if place else None
+        target = known.get(place[2]) if place and isinstance(known, dict) else None
         if not isinstance(target, dict):
             break
         schema = _definitions(schema) | target
