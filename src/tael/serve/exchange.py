@@ -17,6 +17,7 @@ from typing import Any
 
 from tael.engine import SamplingParams
 from tael.serve.answer import Answer, Chunk, Counts
+from tael.serve.errors import ApiError
 from tael.serve.formats import Prompt
 from tael.serve.models import Hosted
 from tael.serve.orders import Order
@@ -169,7 +170,13 @@ class Exchange:
 
     async def start(self, salt: Hashable) -> None:
         text = any(not answer.takes_tokens for answer in self.answers)
-        await self._race.start(salt, text)
+        try:
+            await self._race.start(salt, text)
+        except ApiError as error:
+            if error.status == 400 and error.message.startswith("constraint: "):
+                name = self.order.constrains
+                raise ApiError(400, f"{name}: {error.message.removeprefix('constraint: ')}", name) from None
+            raise
 
     @property
     def figures(self) -> Figures:

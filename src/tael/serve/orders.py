@@ -47,6 +47,8 @@ class Wishes:
     logit_bias: tuple[tuple[int, float], ...] = ()
     thinking_budget: int | None = None
     parallel_tools: bool = True
+    must_call: bool = False
+    """Any of the tools; Anthropic's "any", which deepseek-recipe takes for "auto"."""
     loop_guard: bool = True
 
 
@@ -66,6 +68,29 @@ class Order:
     @property
     def stream(self) -> bool:
         return self.request.stream
+
+    @property
+    def must_call(self) -> bool:
+        return self.wishes.must_call and bool(self.request.conversation.tools)
+
+    @property
+    def conversation(self) -> recipe.Conversation:
+        """What was said, and what may be called."""
+        said = self.request.conversation
+        if not self.must_call:
+            return said
+        thinks, effort = said.thinking_mode, said.reasoning_effort
+        return recipe.Conversation(
+            said.messages, thinking_mode=thinks, tools=said.tools, tool_choice="required", reasoning_effort=effort
+        )
+
+    @property
+    def constrains(self) -> str:
+        """The field that says what the answer has to look like."""
+        found = self.request.inference_options.output_constraint
+        if found is not None and found.kind.startswith("tool"):
+            return "tools"
+        return {"chat": "response_format", "messages": "output_config", "responses": "text"}[self.protocol.name]
 
     @property
     def prefixed(self) -> bool:
@@ -121,10 +146,10 @@ class Protocol:
         if not thinks:
             plain.pop("reasoning_effort", None)
             plain.pop("output_config", None)
-            if self.name == "responses":
-                plain["reasoning"] = {"effort": "none"}
-            else:
-                plain["thinking"] = {"type": "disabled"}
+        if not thinks or (_forces_call(plain) and not any(plain.get(name) for name in _ABOUT_THINKING)):
+            plain |= (
+                {"reasoning": {"effort": "none"}} if self.name == "responses" else {"thinking": {"type": "disabled"}}
+            )
         return plain
 
     @property
@@ -141,6 +166,9 @@ class Protocol:
         """Refuse what deepseek-recipe would pass over in silence, though the answer would be another."""
         for place in _images(body.get(self.dialogue), self.dialogue):
             raise ApiError(400, f"{place}: is an image, and this model reads text only", place)
+        wants_any = self.name == "messages" and _choice(body) == "any"
+        if wants_any and isinstance(thinking := body.get("thinking"), Mapping) and thinking.get("type") != "disabled":
+            raise ApiError(400, "tool_choice: a call cannot be forced while thinking", "tool_choice")
         if self.name == "responses" and body.get("previous_response_id") is not None:
             name = "previous_response_id"
             raise ApiError(400, f"{name}: nothing is kept here; send the whole conversation as input", name)
@@ -151,7 +179,7 @@ class Protocol:
             message = json.loads(error.body)["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = error.body or "the request cannot be converted"
-        found = next((name for name in _COMPLAINTS if name in message.lower()), None)
+        found = next((name for word, name in _COMPLAINTS.items() if word in message.lower()), None)
         name = {"messages": self.dialogue, "max_tokens": self.limit}.get(found or "", found)
         return ApiError(error.status_code, f"{name}: {message}" if name else message, name)
 
@@ -185,11 +213,21 @@ class Protocol:
         return None
 
 
-_COMPLAINTS = (
-    *("max_tokens", "temperature", "top_p", "tool_choice", "top_logprobs", "response_format", "seed", "stop"),
-    *("input", "messages", "tools"),
-)
-"""Fields by which deepseek-recipe's complaints are known."""
+_COMPLAINTS = {
+    name: name
+    for name in (
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "tool_choice",
+        "top_logprobs",
+        "response_format",
+        "seed",
+        "stop",
+    )
+} | {"input": "messages", "messages": "messages", "tool": "tools"}
+"""Words by which deepseek-recipe's complaints are known, and fields."""
+_ABOUT_THINKING = ("thinking", "reasoning", "reasoning_effort", "output_config")
 
 _OURS = frozenset(
     (
@@ -241,7 +279,8 @@ def read_wishes(body: Body, protocol: ProtocolName, spec: ModelSpec, thinks: boo
         frequency_penalty=field(body, "frequency_penalty", float, 0.0),
         logit_bias=read_bias(body),
         thinking_budget=_budget(body, spec) if thinks else None,
-        parallel_tools=field(body, "parallel_tool_calls", bool, True),
+        parallel_tools=_parallel(body, protocol),
+        must_call=protocol == "messages" and _choice(body) == "any",
         loop_guard=field(body, "loop_guard", bool, True),
     )
 
@@ -265,6 +304,24 @@ def read_bias(body: Body) -> tuple[tuple[int, float], ...]:
         return tuple((int(token), float(value)) for token, value in bias.items())
     except (TypeError, ValueError):
         raise ApiError(422, "logit_bias: must map token ids to numbers", "logit_bias") from None
+
+
+def _choice(body: Body) -> Any:
+    """The kind of tool_choice, in the protocol's word."""
+    choice = body.get("tool_choice")
+    return choice.get("type") if isinstance(choice, Mapping) else choice
+
+
+def _forces_call(body: Body) -> bool:
+    """DeepSeek's format cannot think before a call that is forced, so it is not asked to unless the request does."""
+    return bool(body.get("tools")) and _choice(body) in ("required", "any", "tool", "function")
+
+
+def _parallel(body: Body, protocol: ProtocolName) -> bool:
+    choice = body.get("tool_choice")
+    if protocol == "messages":
+        return not (isinstance(choice, Mapping) and field(dict(choice), "disable_parallel_tool_use", bool, False))
+    return field(body, "parallel_tool_calls", bool, True)
 
 
 def _mode(body: Body, protocol: ProtocolName, spec: ModelSpec, thinks: bool) -> Mode:
