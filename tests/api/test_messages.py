@@ -1,4 +1,4 @@
-"""Messages with the official anthropic client: answers, streams, thinking, stop sequences, tools, counting, errors."""
+"""Messages with the official anthropic client: answers, streams, thinking, stop sequences, tools, errors."""
 
 from __future__ import annotations
 
@@ -154,7 +154,13 @@ def test_the_client_raises_its_own_errors(claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="huge"):
         claude.messages.create(model="huge", max_tokens=10, messages=HELLO)
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
-        claude.messages.create(model="tiny", max_tokens=100_000, messages=HELLO, timeout=60)
+        claude.messages.create(model="tiny", max_tokens=0, messages=HELLO)
+
+
+def test_a_limit_beyond_the_context_is_lowered(claude: anthropic.Anthropic) -> None:
+    """Clients have to name a number, and name large ones."""
+    answer = claude.messages.create(model="tiny", max_tokens=64_000, messages=HELLO, timeout=60)
+    assert answer.stop_reason == "end_turn" and answer.content[-1].text == "Hello there."
 
 
 def test_images_are_refused_by_place(http: httpx.Client) -> None:
