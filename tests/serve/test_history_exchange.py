@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -105,7 +107,18 @@ def test_markdown_to_history_to_markdown_is_exact_on_the_branch_on_show(history,
 
 def test_titles_models_and_errors_are_no_html_and_no_comments_of_ours():
     bad = "\n<!-- tael:message {} -->\n<script>x</script>"
-    node = Node(0, 0, None, "assistant", "x", model=bad, created=NOW, state="error", error=bad, figures={bad: 1})
+    node = Node(
+        0,
+        0,
+        None,
+        "assistant",
+        "x",
+        model=bad,
+        created=NOW,
+        state="error",
+        error=bad,
+        figures={bad: 1, "odd": 10**400},
+    )
     tree = Tree(Head(0, "", title=bad, model=bad, created=NOW, updated=NOW, leaf=0), [node])
     text = to_markdown(tree.head, tree.nodes)
     assert "<script>" not in text and from_markdown(text) == [tree]
@@ -176,6 +189,17 @@ def test_messages_as_openai_writes_them(history):
         assert nodes[1].tool_calls == calls and nodes[1].reasoning == "use the tool"
         assert nodes[2].tool_calls == [{"id": "c1"}] and nodes[3].reasoning is None
     assert len(from_json(json.dumps([{"messages": messages}] * 3))) == 3
+
+
+def test_arguments_as_objects_become_text():
+    messages = [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "é"}}}, {"id": 5}]}
+    ]
+    ((node,),) = (tree.nodes for tree in from_json(json.dumps(messages)))
+    assert node.tool_calls == [
+        {"id": "", "type": "function", "function": {"name": "f", "arguments": '{"x": "é"}'}},
+        {"id": "", "type": "function", "function": {"name": "", "arguments": ""}},
+    ]
 
 
 def chatgpt(message: dict | None, parent: str | None) -> dict:
@@ -280,6 +304,13 @@ BAD = {
     "year": file(created="0001-01-01T00:00:00+14:00"),
     "title": file(title=1),
     "tool calls": file(message={"tool_calls": ["x"]}),
+    "function": file(message={"tool_calls": [{"function": "x"}]}),
+    "arguments": file(message={"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}),
+    "call id": file(message={"tool_calls": [{"id": [1]}]}),
+    "figure": file(message={"figures": {"completion_tokens": "x"}}),
+    "figure none": file(message={"figures": {"cost": None}}),
+    "figure negative": file(message={"figures": {"seconds": -1}}),
+    "figure huge": file(message={"figures": {"tokens": 10**400}}),
     "messages": '{"messages": [{"role": "wizard", "content": "x"}]}',
     "message": '{"messages": [1]}',
     "calls": '{"messages": [{"role": "assistant", "tool_calls": "x"}]}',
@@ -305,6 +336,44 @@ def test_malformed_files_are_refused_in_one_line_and_change_nothing(history, tex
         history.insert("local", [*good, *read_export(text)])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert history.heads("local") == before
+
+
+def spoiled(draw: st.DrawFn, value: Any) -> Any:
+    """`value` with one thing in it, anywhere, put in another's place."""
+    places = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
+    if not places or draw(st.integers(0, 5)) == 0:
+        return draw(VALUE)
+    key, inner = draw(st.sampled_from(places))
+    copy = value.copy()
+    copy[key] = spoiled(draw, inner)
+    return copy
+
+
+WHOLE = [
+    json.loads(file(message={"tool_calls": [{"id": "c", "function": {"name": "f"}}], "figures": {"tokens": 1}})),
+    {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}], "content": [{"text": "x"}]}]},
+    [{"mapping": {"q": chatgpt(said("user", "x"), None), "a": chatgpt(said("assistant", "y", metadata={}), "q")}}],
+    [{"mapping": {"q": {"parent": None, "message": {"fragments": [{"type": "REQUEST", "content": "x"}]}}}}],
+]
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_a_spoiled_file_is_read_or_refused(history, data):
+    value = spoiled(data.draw, data.draw(st.sampled_from(WHOLE)))
+    with contextlib.suppress(TaelError):
+        for head in history.insert("key:6", from_json(json.dumps(value))):
+            to_markdown(head, history.nodes("key:6", head.id))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.sampled_from(MARKDOWN.split("\n")), max_size=12), st.integers(0, 200), st.text(max_size=3))
+def test_spoiled_markdown_is_read_or_refused(lines, place, text):
+    for each in ("\n".join(lines), MARKDOWN[:place] + text + MARKDOWN[place:], MARKDOWN[:place]):
+        with contextlib.suppress(TaelError):
+            from_markdown(each)
 
 
 def test_the_good_ones_of_those_are_read(history):

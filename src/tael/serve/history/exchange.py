@@ -23,6 +23,12 @@ from tael.serve.history.tree import Head, Node, Role, State, Tree
 MAX_BYTES = 50_000_000
 FORMAT = "tael.conversations"
 VERSION = 1
+LARGEST = 1e15
+NUMBERS = {
+    "tokens", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "context_tokens", "cost",
+    "seconds", "first_token_seconds", "thought_seconds", "tokens_per_second",
+}  # fmt: skip
+"""Figures of an answer that pages show; there may be others."""
 
 
 def utc(value: str) -> str:
@@ -35,7 +41,29 @@ def utc(value: str) -> str:
     return moment.isoformat(timespec="microseconds")
 
 
+def _sound_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a page reads of tool calls is text."""
+    for call in calls:
+        function = call.get("function", {})
+        texts = [call.get("id", "")]
+        texts += [function.get(name, "") for name in ("name", "arguments")] if isinstance(function, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a tool call's id, function name or arguments are no text")
+    return calls
+
+
+def _sound_figures(figures: dict[str, Any]) -> dict[str, Any]:
+    """What a page counts with are numbers, and such as can be."""
+    for name in NUMBERS & figures.keys():
+        value = figures[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
+            raise ValueError(f"the figure {name} is no number that can be")
+    return figures
+
+
 Time = Annotated[str, AfterValidator(utc)]
+Calls = Annotated[list[dict[str, Any]], AfterValidator(_sound_calls)]
+Figures = Annotated[dict[str, Any], AfterValidator(_sound_figures)]
 
 
 class Message(BaseModel):
@@ -47,8 +75,8 @@ class Message(BaseModel):
     model: str = ""
     created: Time
     state: State = "done"
-    tool_calls: list[dict[str, Any]] = []
-    figures: dict[str, Any] = {}
+    tool_calls: Calls = []
+    figures: Figures = {}
     error: str | None = None
 
 
@@ -127,7 +155,7 @@ def from_json(text: str | bytes) -> list[Tree]:
     if not (isinstance(value, dict) and "format" in value):
         try:
             return foreign.read(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             refuse(error)
     try:
         file = _File.model_validate(value)

@@ -6,6 +6,7 @@ models and times; files and pictures become "[attachment]". ValueError says what
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -77,8 +78,8 @@ def _message(message: dict[str, Any], role: Role, id: int, place: int) -> Node:
     calls = message.get("tool_calls") or []
     if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"message {place}: its tool_calls are no list of objects")
-    if role == "tool" and isinstance(message.get("tool_call_id"), str):
-        calls = [{"id": message["tool_call_id"]}]
+    if role != "assistant":
+        calls = [{"id": _text(message.get("tool_call_id"))}] if role == "tool" else []
     return Node(
         id=id,
         conversation=0,
@@ -86,9 +87,19 @@ def _message(message: dict[str, Any], role: Role, id: int, place: int) -> Node:
         role=role,
         content=_content(message.get("content"), place),
         reasoning=_text(message.get("reasoning_content")) or _text(message.get("reasoning")) or None,
-        tool_calls=calls,
+        tool_calls=[_call(call) for call in calls] if role == "assistant" else calls,
         model=_text(message.get("model")),
     )
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call; some data sets have its arguments as an object."""
+    function = call.get("function")
+    function = function if isinstance(function, dict) else {}
+    arguments = function.get("arguments", "")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    named = {"name": _text(function.get("name")), "arguments": text}
+    return {"id": _text(call.get("id")), "type": "function", "function": named}
 
 
 def _content(content: Any, place: int) -> str:

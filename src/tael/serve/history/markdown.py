@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tael.serve.history.exchange import Message, Settings, decoded, message_of, parsed, refuse, settings_of
+from tael.serve.history.exchange import LARGEST, Message, Settings, decoded, message_of, parsed, refuse, settings_of
 from tael.serve.history.tree import Head, Node, Tree, path_to
 
 VERSION = 1
@@ -74,7 +74,8 @@ def _comment(name: str, value: dict[str, Any] | None = None) -> str:
 
 def _numbers(figures: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in figures.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and re.fullmatch(r"[a-z_]{1,40}", name):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+        if number and re.fullmatch(r"[a-z_]{1,40}", name):
             yield name, value
 
 
