@@ -33,6 +33,8 @@ _WHOLE = (
     *("minProperties", "maxProperties", "dependentRequired", "dependentSchemas"),
 )
 """Keywords about an object as a whole, which a grammar of one parameter after the other cannot keep."""
+_NAMED = 'parameter name="'
+_LINE_END = '"\\n"'
 _BEYOND_LENGTH = ("pattern", "format", "allOf", "anyOf", "oneOf", "not", "if", "$ref")
 
 
@@ -87,8 +89,10 @@ class _Dsml:
         self.rules = [f"RAW: ANY & ~(ANY {_quoted(f'</{_DSML}')} ANY)"]
 
     def line(self, opening: str, rest: str, before: str = "") -> str:
-        """`opening`, the marker, `rest`, after a terminal that is named or a text. What stands before a special token
-        is one terminal with the "<" that ends it: a terminal ends where nothing can go on, and "<" may go on."""
+        """`opening` ("<" or "</"), the marker and `rest`, after the terminal `before`.
+
+        That terminal and the opening are one: a terminal ends where it cannot go on, and text may go on with "<".
+        """
         if self.id is None:
             return self._terminal(f"{before} {_quoted(f'{opening}{_DSML}{rest}')}")
         return f"{self._terminal(f'{before} {_quoted(opening)}')} <[{self.id}]> {_quoted(rest)}"
@@ -101,36 +105,28 @@ class _Dsml:
     def call(self, tool: recipe.ToolDefinition, number: int) -> str:
         """Name of the rule for one call of `tool`."""
         schema = _object_schema(tool)
-        properties, required = schema["properties"], schema["required"]
         parts = []
-        for place, (name, value) in enumerate(properties.items()):
+        for place, (name, value) in enumerate(schema["properties"].items()):
             rule = f"p{number}-{place}"
-            shapes = self._shapes(_in_definitions(value, schema), _lenient(tool))
-            self._alternatives(rule, [self._parameter(name_in_dsml(name), shape) for shape in shapes])
-            parts.append(rule if name in required else f"{rule}?")
+            self._parameters(rule, _quoted(name_in_dsml(name)), _in_definitions(value, schema), tool)
+            parts.append(rule if name in schema["required"] else f"{rule}?")
         if schema["others"] is not None:
             rule = f"o{number}"
-            shapes = self._shapes(_in_definitions(schema["others"], schema), _lenient(tool))
-            self._alternatives(rule, [self._parameter(None, shape) for shape in shapes])
+            self._parameters(rule, f"/{_NAME}/", _in_definitions(schema["others"], schema), tool)
             parts.append(f"{rule}{{0,{MOST_CALLS}}}")
         opened = self.line("<", f'invoke name="{tool.name}">\n')
-        self.rules.append(f"call{number}: {opened} {' '.join(parts)} {self.line('</', 'invoke>')} {_quoted(chr(10))}")
+        self.rules.append(f"call{number}: {opened} {' '.join(parts)} {self.line('</', 'invoke>')} {_LINE_END}")
         return f"call{number}"
 
-    def _alternatives(self, rule: str, options: list[str]) -> None:
+    def _parameters(self, rule: str, name: str, schema: dict[str, Any], tool: recipe.ToolDefinition) -> None:
+        """A rule for one parameter, whose name is the terminal `name`."""
+        options = []
+        for raw, value in self._shapes(schema, _lenient(tool)):
+            opened = f"{self.line('<', _NAMED)} {name}"
+            closed = self.line("</", "parameter>", before=value if raw else "")
+            kind = _quoted(f'" string="{str(raw).lower()}">')
+            options.append(f"{opened} {kind} {'' if raw else value} {closed} {_LINE_END}")
         self.rules.append(f"{rule}: {' | '.join(options)}")
-
-    def _parameter(self, name: str | None, shape: tuple[bool, str]) -> str:
-        """One parameter; without a name, of any name that needs no escapes."""
-        raw, value = shape
-        attribute = f'" string="{str(raw).lower()}">'
-        if name is None:
-            opened = f"{self.line('<', 'parameter name=' + chr(34))} /{_NAME}/ {_quoted(attribute)}"
-        else:
-            opened = self.line("<", f'parameter name="{name}{attribute}')
-        if raw:
-            return f"{opened} {self.line('</', 'parameter>', before=value)} {_quoted(chr(10))}"
-        return f"{opened} {value} {self.line('</', 'parameter>')} {_quoted(chr(10))}"
 
     def _shapes(self, schema: dict[str, Any], lenient: bool) -> list[tuple[bool, str]]:
         """How a value may be written: (raw?, terminal or rule), one or both."""
