@@ -95,7 +95,7 @@ def test_the_last_stage_holds_no_more_tools_than_the_operator_needs(last_stage):
 def test_the_image_says_whether_it_is_well_and_where_it_listens(last_stage):
     (check,) = [rest for word, rest in last_stage if word == "HEALTHCHECK"]
     port = next(rest for word, rest in last_stage if word == "EXPOSE")
-    assert f":{port}/health" in check and "--interval" in check
+    assert f"http://localhost:{port}/health'" in check and "--interval" in check
     program = yaml.safe_load(check.partition("CMD ")[2])[-1]
     compile(program, "HEALTHCHECK", "exec")
 

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from tael.cost.ledger import Entry, Ledger
 from tael.errors import TaelError
-from tael.serve import run_process
+from tael.serve import run_files, run_process
 from tael.serve.run_files import Tail
 from tael.serve.run_process import Process, is_locked, read_process
+from tael.serve.run_views import seconds_a_step
 from tael.serve.runs import RunBook
 
 SHAPE = """hidden_size = 32
@@ -192,6 +193,19 @@ def test_a_damaged_ledger_is_a_note(book):
     view = book.run("made")
     assert view.whole.dollars == pytest.approx(0.08) and "not a Tael ledger" in view.notes[0]
     assert "<html" in book.report("made")
+
+
+def test_a_long_stage_is_kept_and_shown_thinned(book, monkeypatch):
+    metrics = write_run(book.root / "made", steps=1)
+    monkeypatch.setattr(run_files, "MOST_STEPS", 1000)
+    append(metrics, *(step(i) for i in range(2, 3002)))
+    stage = book.run("made").stages[0]
+    assert (stage.step, stage.seconds) == (3001, 6002.0) and seconds_a_step(book.run("made").record.stages[0]) == 2.0
+    loss = stage.series["loss"]
+    assert len(loss.values) <= 501 and (loss.steps[0], loss.steps[-1]) == (1.0, 3001.0)
+    assert all(value == 8.0 / at for at, value in zip(loss.steps, loss.values, strict=True))
+    assert loss.tokens == [64 * at for at in loss.steps]
+    assert len(book.run("made").record.stages[0].steps) <= 1000
 
 
 def test_a_half_written_line_waits(book):

@@ -54,6 +54,10 @@ class Tail:
         return [line for line in whole.decode("utf-8", "replace").split("\n") if line.strip()], anew
 
 
+MOST_STEPS = 4000
+"""Step lines kept of a stage; of more, every second one is let go, as often as needed: plots show fewer still."""
+
+
 @dataclass
 class StageFiles:
     """A stage's directory, followed. Load lines are large: only the last is kept whole, the others as `balance`."""
@@ -77,6 +81,8 @@ class StageFiles:
         for line in lines:
             if (parsed := rundata._parse(line)) is not None:
                 self._take(parsed)
+            if len(self.steps) > MOST_STEPS:
+                self.steps = thinned(self.steps)
         stamps = tuple(stamp(self.directory / name) for name in ("result.json", "samples.jsonl"))
         if self.record is None or lines or anew or stamps != self._stamps:
             self._stamps, self.record = stamps, self._record(kind)
@@ -103,6 +109,12 @@ class StageFiles:
             samples=[rundata._sample(line) for line in rundata._lines(self.directory / "samples.jsonl")],
             result=rundata._object(self.directory / "result.json"),
         )
+
+
+def thinned(lines: dict[float, Line]) -> dict[float, Line]:
+    """Every second line; the first and the last stay."""
+    steps = sorted(lines)
+    return {step: lines[step] for i, step in enumerate(steps) if i % 2 == 0 or i == len(steps) - 1}
 
 
 def load_ratios(line: Line) -> list[float]:

@@ -143,8 +143,9 @@ def costs(record: RunRecord, ledger: Ledger | None) -> tuple[list[Total], Total]
 
 def stage_series(stage: StageRecord, balance: Mapping[float, list[float]], per_hour: float) -> dict[str, Series]:
     """All curves of a stage that have a value."""
-    clock = _clock(stage, per_hour)
-    found = {name: _curve(clock, stage.steps, [number(line.get(name)) for line in stage.steps]) for name in OF_STEPS}
+    clock, lines = _clock(stage, per_hour), stage.steps[:: -(-len(stage.steps) // POINTS) or 1]
+    lines += stage.steps[-1:] if lines and lines[-1] is not stage.steps[-1] else []
+    found = {name: _curve(clock, lines, [number(line.get(name)) for line in lines]) for name in OF_STEPS}
     bits = [number(line.get("bits_per_byte")) for line in stage.evals]
     found["bits_per_byte"] = _curve(clock, stage.evals, bits)
     for mode in MODES:
