@@ -6,6 +6,7 @@ from them; so answers come out right only if blocks, prefixes, batches and preem
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -76,7 +77,7 @@ class ScriptedRunner:
             raise RuntimeError("scripted failure")
         hidden = torch.zeros(len(batch.tokens), 8)
         starts = batch.starts.tolist()
-        for m, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        for m, (start, stop) in enumerate(itertools.pairwise(starts)):
             table = batch.tables[m]
             places = batch.positions[start:stop]
             blocks, slots = table[places // self.block_size], places % self.block_size

@@ -25,8 +25,8 @@ def test_fill_in_the_middle(server: Running, http: httpx.Client, model: Scripted
     with openai.OpenAI(base_url=f"{server.url}/beta", api_key="none", max_retries=0) as beta:
         answer = beta.completions.create(model="tiny", prompt="def add(fim):\n    return ", suffix="\n\nadd(1, 2)")
     assert answer.choices[0].text == "first + second"
-    read = "def add(fim):\n    return <hole>\n\nadd(1, 2)".split("<hole>")
-    ids = [tokenizer.fim_begin_id, *tokenizer.encode(read[0]), tokenizer.fim_hole_id, *tokenizer.encode(read[1])]
+    before, after = (tokenizer.encode(text) for text in ("def add(fim):\n    return ", "\n\nadd(1, 2)"))
+    ids = [tokenizer.fim_begin_id, *before, tokenizer.fim_hole_id, *after]
     assert model.runners[0].read(-1) == [*tokenizer.start_ids, *ids, tokenizer.fim_end_id]
 
 
