@@ -92,6 +92,9 @@ def make_taught(directory: Path) -> None:
     lines(
         directory / "rl" / "samples.jsonl", before, {**before, "label": "after", "answer": HOSTILE, "correct": True}
     )
+    summary = {"device": f"\ud800{HOSTILE}", "model": {"parameters_total": 5}}
+    (directory / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    lines(directory / "rl" / "samples.jsonl", {"label": "after", "prompt": "lone", "answer": f"\ud800{HOSTILE}"})
     (directory / "output.log").write_text(f"$ tael run made.toml\n{HOSTILE}\ntael: {HOSTILE}\n", encoding="utf-8")
 
 
@@ -198,6 +201,10 @@ def test_nothing_of_a_model_or_a_log_is_taken_for_html(open_page):
     expect(page.locator("pre.log")).to_contain_text(HOSTILE)
     expect(page.locator(".alert", has_text="Failed")).to_contain_text(HOSTILE)
     plotted(page, "Reward and thinking")
+    page.get_by_label("Mark made").check()
+    page.get_by_label("Mark taught").check()
+    page.get_by_role("button", name="Compare marked runs").click()
+    expect(page.get_by_role("row", name=re.compile("^device"))).to_contain_text(f"?{HOSTILE}")
     assert page.evaluate("window.pwned") is None and page.locator("img").count() == 0
 
 
@@ -222,7 +229,7 @@ def test_runs_are_compared(open_page):
     expect(page.get_by_role("heading", name="2 runs compared")).to_be_visible()
     page.get_by_role("button", name=re.compile("^taught")).click()
     expect(page.get_by_role("heading", name="taught", level=2)).to_be_visible()
-    assert page.url.endswith("/runs?run=taught")
+    expect(page).to_have_url(re.compile(r"/runs\?run=taught$"))
 
 
 def test_a_run_is_started_stopped_and_resumed(open_page, folder):
@@ -283,6 +290,8 @@ def test_the_report_opens(open_page, site):
     with page.context.expect_page() as opened:
         page.get_by_role("link", name="Report").click()
     expect(opened.value).to_have_title(re.compile("made"))
+    hostile = page.request.get(f"{site.base}/runs/taught/report")
+    assert hostile.ok and "&lt;script&gt;window.pwned" in hostile.text() and HOSTILE not in hostile.text()
     answer = page.request.get(f"{site.base}/runs/nope/report")
     assert answer.status == 404 and "no such run" in answer.text()
     stranger = page.request.get(f"{site.base}/runs/made/report?stranger", max_redirects=0)

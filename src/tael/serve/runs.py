@@ -110,7 +110,8 @@ class RunBook:
 
     def recipes(self) -> list[RecipeCard]:
         """The recipes that can be run, by file name."""
-        return [_card(path) for path in sorted(self.folder.glob("*.toml")) if path.is_file()]
+        found = sorted(self.folder.glob("*.toml"))
+        return [_card(path) for path in found if path.is_file() and path.name.isprintable()]
 
     # ----------------------------------------------------------------- steering
 

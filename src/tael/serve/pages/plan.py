@@ -14,7 +14,7 @@ from tael.cost import units
 from tael.errors import TaelError
 from tael.model.config import ModelConfig
 from tael.recipe import PretrainSettings, Recipe, load_recipe
-from tael.serve.pages.run_parts import table
+from tael.serve.pages.run_parts import legible, table
 from tael.serve.pages.runs import add_style
 from tael.serve.pages.widgets import html, text
 
@@ -59,9 +59,9 @@ def recipe_figures(folder: Path) -> tuple[list[list[str | Markup]], list[str]]:
     rows, problems = [], []
     for path in sorted(folder.glob("*.toml")):
         try:
-            rows.append(_row(path.name, load_recipe(path)))
+            rows.append(_row(legible(path.name), load_recipe(path)))
         except TaelError as error:
-            problems.append(str(error))
+            problems.append(legible(str(error)))
     return rows, problems
 
 

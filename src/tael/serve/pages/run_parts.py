@@ -20,7 +20,7 @@ SHOWN_CHARACTERS = 4000
 
 def say(element: Element, words: str | Markup) -> None:
     """Put `words` into an element that `widgets.html` or `text` made, if it does not hold them already."""
-    content = str(escape(words))
+    content = legible(str(escape(words)))
     if element.content != content:  # type: ignore[attr-defined]
         element.set_content(content)  # type: ignore[attr-defined]
 
@@ -170,9 +170,13 @@ def _side(label: str, sample: Sample) -> Markup:
     )
 
 
+def legible(text: str) -> str:
+    """The text without what no browser can be sent: lone surrogates, which models and JSON may hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def clip(text: str) -> str:
-    """A text of bearable length, without what no browser can be sent (lone surrogates)."""
-    text = text.encode("utf-8", "replace").decode()
+    """A text of bearable length."""
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " […]"
 
 

@@ -50,7 +50,7 @@ def add_reports(runbook: RunBook, asks: Callable[[Request], Caller | None]) -> N
         if asks(request) is None:
             return RedirectResponse("/login", 303)
         try:
-            return HTMLResponse(runbook.report(name))
+            return HTMLResponse(run_parts.legible(runbook.report(name)))
         except TaelError as error:
             return HTMLResponse(f"<!DOCTYPE html><title>Tael</title><p>{escape(str(error))}</p>", 404)
 
