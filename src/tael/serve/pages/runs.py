@@ -11,22 +11,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from markupsafe import Markup, escape
 from nicegui import app, run, ui
-from nicegui.element import Element
 
 from tael.errors import TaelError
 from tael.serve.caller import Caller
 from tael.serve.pages import run_parts
 from tael.serve.pages.plots import AXES, QUANTITIES, Chart, comparison, stage_charts
+from tael.serve.pages.run_charts import Charts, axis_field
 from tael.serve.pages.run_parts import say
 from tael.serve.pages.start_sheet import StartSheet
-from tael.serve.pages.widgets import Field, button, choice_field, html, text
+from tael.serve.pages.widgets import button, choice_field, html, text
 from tael.serve.run_views import Axis, RunHead, RunView, Series
 from tael.serve.runs import RunBook
 
@@ -224,40 +223,6 @@ class Row:
 
 
 _TICK = "(e) => emit(e.target.checked)"
-
-
-class Charts:
-    """Plots with their words, updated in place."""
-
-    def __init__(self, classes: str = "") -> None:
-        self._box = ui.element("div").classes(f"charts {classes}")
-        self._shown: dict[str, tuple[ui.plotly, Element]] = {}
-
-    def show(self, charts: list[Chart]) -> None:
-        if [chart.key for chart in charts] != list(self._shown):
-            self._box.clear()
-            with self._box:
-                self._shown = {chart.key: self._build(chart) for chart in charts}
-            return
-        for chart in charts:
-            plot, words = self._shown[chart.key]
-            if plot.figure != chart.figure:
-                plot.update_figure(chart.figure)
-                plot.props["aria-label"] = f"{chart.title}: {chart.summary}"
-                say(words, chart.summary)
-
-    @staticmethod
-    def _build(chart: Chart) -> tuple[ui.plotly, Element]:
-        with ui.element("figure"):
-            text(chart.title, "h4")
-            plot = ui.plotly(chart.figure).classes("plot")
-            plot.props.update({"role": "img", "aria-label": f"{chart.title}: {chart.summary}"})
-            return plot, text(chart.summary, "figcaption")
-
-
-def axis_field(on_change: Callable[[], Any]) -> Field:
-    """What the curves stand over."""
-    return choice_field("Curves over", {**AXES}, "steps", on_change=on_change)
 
 
 class RunPanel:
