@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from tael.engine import Engine, SamplingParams, TokenEvent
 from tael.engine.sequence import Sequence
 from tael.errors import TaelError
 from tael.serve.errors import ApiError
+
+
+_GONE = ApiError(503, "the model was unloaded; send the request again", retry_after=1)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class EngineWorker:
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[Engine, dict[Sequence, Ticket]] = {}
         self._news: News = []
+        self._gone: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._on_failure, self._stopping = on_failure, False
         self.steps = 0
         self._thread = threading.Thread(target=self._run, name="tael-engine", daemon=True)
@@ -119,7 +124,7 @@ class EngineWorker:
 
     def forget(self, engine: Engine) -> None:
         """End what runs on `engine`, which is about to go; its requests fail with 503."""
-        self._orders.put(lambda: self._fail(engine, ApiError(503, "the model was unloaded; send the request again")))
+        self._orders.put(lambda: self._let_go(engine))
 
     def close(self) -> None:
         """Stop the thread after the running step; what still runs gets a 503."""
@@ -148,7 +153,14 @@ class EngineWorker:
                 self._orders.get(block=wait)()
                 wait = False
 
+    def _let_go(self, engine: Engine) -> None:
+        self._gone.add(engine)
+        self._fail(engine, _GONE)
+
     def _admit(self, ticket: Ticket) -> None:
+        if ticket.engine in self._gone:
+            self._news.append((ticket, _GONE))
+            return
         try:
             sequence = ticket.engine.submit(ticket.prompt, ticket.params, salt=ticket.salt, text=ticket.text)
         except TaelError as error:
@@ -184,6 +196,7 @@ class EngineWorker:
         except Exception as error:  # the engine's state is unknown: nobody may go on with it
             message = f"the engine failed ({type(error).__name__}); the model is loaded anew, send the request again"
             self._fail(engine, ApiError(500, message))
+            self._gone.add(engine)
             self._on_failure(engine)
             return
         self.steps += 1
