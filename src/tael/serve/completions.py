@@ -58,6 +58,10 @@ class TextExchange:
     def figures(self) -> Figures:
         return self.meter.figures(self.counts)
 
+    @property
+    def wrote(self) -> list[str]:
+        return self._race.wrote(self.hosted.tokenizer)
+
     def beat(self) -> None:
         self._race.beat()
 
@@ -169,7 +173,8 @@ def _joined(before: dict[str, list[Any]] | None, after: dict[str, list[Any]] | N
 
 def completion(service: Service, body: Body, caller: Caller) -> Opening[TextExchange]:
     """`async with` it for a completion request that the engine has taken. Raises ApiError."""
-    visit = Visit(service, "completions", model_name(body), caller, "cmpl-" + secrets.token_hex(12))
+    id = "cmpl-" + secrets.token_hex(12)
+    visit = Visit(service, "completions", model_name(body), caller, id, asked=body.get("prompt"))
 
     async def start(visit: Visit) -> TextExchange:
         order = understand(body, visit.id, visit.model, visit.hosted, service.settings.max_choices)

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tael.data import Tokenizer
 from tael.engine import SamplingParams
 from tael.serve.answer import Answer, Chunk, Counts
 from tael.serve.errors import ApiError
@@ -114,6 +115,11 @@ class Race:
         for ticket in self._tickets:
             ticket.finish()
 
+    def wrote(self, tokenizer: Tokenizer) -> list[str]:
+        """What each has said so far, special tokens spelled out."""
+        found = [ticket.sequence for ticket in self._tickets if ticket.sequence is not None]
+        return [tokenizer.decode(each.tokens[each.prompt_length :], skip_special=False) for each in found]
+
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
         assert self._first is not None, "start() comes first"
         async for update in self._first:
@@ -181,6 +187,10 @@ class Exchange:
     @property
     def figures(self) -> Figures:
         return self.meter.figures([answer.counts for answer in self.answers])
+
+    @property
+    def wrote(self) -> list[str]:
+        return self._race.wrote(self.hosted.tokenizer)
 
     def beat(self) -> None:
         """Let `chunks` yield at least once more."""

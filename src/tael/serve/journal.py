@@ -15,8 +15,8 @@ class Journal:
     def __init__(self, out: TextIO | None = sys.stderr) -> None:
         self._out = out
 
-    def write(self, served: Served, caller: str, said: str = "") -> None:
-        """One request that was answered, or broken off."""
+    def write(self, served: Served, caller: str, said: dict[str, Any] | None = None) -> None:
+        """One request that was answered, or broken off; `said` only where contents are to be kept."""
         line = {
             "time": served.started,
             "id": served.request_id,
@@ -41,5 +41,6 @@ class Journal:
         self._line({"endpoint": endpoint, "key": caller, "status": status, "error": message})
 
     def _line(self, value: dict[str, Any]) -> None:
+        """In ASCII: what clients send may be no text that can be written (half a pair of surrogates)."""
         if self._out is not None:
-            print(json.dumps(value, ensure_ascii=False), file=self._out, flush=True)
+            print(json.dumps(value), file=self._out, flush=True)

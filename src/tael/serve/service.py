@@ -101,7 +101,8 @@ class Service:
 
     def exchange(self, protocol: Protocol, body: Body, caller: Caller, size: int = 0) -> Opening[Exchange]:
         """`async with` it for a chat request that the engine has taken. Raises ApiError."""
-        visit = Visit(self, protocol.name, model_name(body), caller, protocol.new_id())
+        asked = body.get(protocol.dialogue)
+        visit = Visit(self, protocol.name, model_name(body), caller, protocol.new_id(), asked=asked)
 
         async def start(visit: Visit) -> Exchange:
             hosted = visit.hosted
@@ -161,7 +162,7 @@ class Service:
 
     # ------------------------------------------------------------------ the end
 
-    async def write_down(self, served: Served, counts: Counts, caller: Caller, said: str) -> None:
+    async def write_down(self, served: Served, counts: Counts, caller: Caller, said: dict[str, Any] | None) -> None:
         """Count, log and keep what was served; it is on the disk when this returns."""
         self.metrics.served(served, counts)
         self.journal.write(served, caller.name, said)

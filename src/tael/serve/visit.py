@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from tael.serve.caller import Caller
 from tael.serve.errors import ApiError
@@ -34,6 +34,11 @@ class Exchanging(Protocol):
 
     @property
     def figures(self) -> Figures: ...
+
+    @property
+    def wrote(self) -> list[str]:
+        """What was said so far, once a choice."""
+        ...
 
     def cancel(self) -> None:
         """Free everything; nobody listens any more."""
@@ -58,8 +63,8 @@ class Visit:
     id: str
     limits: KeyLimits = field(default_factory=KeyLimits)
     exchange: Exchanging | None = None
-    said: str = ""
-    """What was said, where the journal is to hold it."""
+    asked: Any = None
+    """Messages or prompt, as the client sent them."""
     _lease: Lease | None = None
     _hosted: Hosted | None = None
     _started: str = ""
@@ -109,18 +114,20 @@ class Visit:
         service.visits.pop(self.id, None)
         if self._hosted is not None:
             service.host.release(self._hosted)
-        figures = self.exchange.figures if self.exchange is not None else None
-        if self.exchange is not None:
-            self.exchange.cancel()
+        exchange = self.exchange
+        figures = exchange.figures if exchange is not None else None
+        if exchange is not None:
+            exchange.cancel()
         if self._lease is not None:
             if figures is not None:
                 self._lease.spend(figures.counts.completion)
             self._lease.close()
-        if figures is None:
+        if figures is None or exchange is None:
             fault = error if isinstance(error, ApiError) else ApiError(_status(error), type(error).__name__)
             service.refused(self.endpoint, self.caller, fault)
             return
-        writing = service.write_down(self.served(figures, _status(error)), figures.counts, self.caller, self.said)
+        said = {"asked": self.asked, "answered": exchange.wrote} if service.settings.log_contents else None
+        writing = service.write_down(self.served(figures, _status(error)), figures.counts, self.caller, said)
         if error is None:
             await writing
         else:
