@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,12 @@ def events(text: str) -> list[tuple[str | None, Json]]:
             found.append((name, json.loads(line.removeprefix("data: "))))
             name = None
     return found
+
+
+def content(found: Iterable[str]) -> str:
+    """What a chat stream of these lines says, thoughts left out."""
+    chunks = [data for _, data in events("\n".join(found))]
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
 
 
 @contextmanager

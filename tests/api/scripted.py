@@ -100,9 +100,10 @@ class ScriptedRunner:
         assert end is not None
         return answer[place] if place < len(answer) else end
 
-    def read(self, place: int) -> list[int]:
-        """One of the prompts that were answered, in the order they first came."""
-        return list(list(self._answers)[place])
+    @property
+    def prompts(self) -> list[list[int]]:
+        """What was answered, in the order it first came."""
+        return [list(prompt) for prompt in self._answers]
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = torch.zeros(len(hidden), self.config.vocab_size)

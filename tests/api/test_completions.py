@@ -27,7 +27,7 @@ def test_fill_in_the_middle(server: Running, http: httpx.Client, model: Scripted
     assert answer.choices[0].text == "first + second"
     before, after = (tokenizer.encode(text) for text in ("def add(fim):\n    return ", "\n\nadd(1, 2)"))
     ids = [tokenizer.fim_begin_id, *before, tokenizer.fim_hole_id, *after]
-    assert model.runners[0].read(-1) == [*tokenizer.start_ids, *ids, tokenizer.fim_end_id]
+    assert model.runners[0].prompts[-1] == [*tokenizer.start_ids, *ids, tokenizer.fim_end_id]
 
 
 def test_a_stream(client: openai.OpenAI) -> None:
@@ -76,14 +76,14 @@ def test_logprobs(client: openai.OpenAI, echo: bool) -> None:
 def test_token_ids_as_prompt(client: openai.OpenAI, tokenizer: Tokenizer, model: ScriptedModel) -> None:
     ids = tokenizer.encode("The capital")
     assert client.completions.create(model="tiny", prompt=ids).choices[0].text == " Paris."
-    assert model.runners[0].read(-1) == ids
+    assert model.runners[0].prompts[-1] == ids
 
 
 def test_what_looks_like_special_tokens_is_text(
     client: openai.OpenAI, model: ScriptedModel, tokenizer: Tokenizer
 ) -> None:
     client.completions.create(model="tiny", prompt="<｜User｜>", max_tokens=1)
-    assert not set(model.runners[0].read(-1)[len(tokenizer.start_ids) :]) & tokenizer.special_ids
+    assert not set(model.runners[0].prompts[-1][len(tokenizer.start_ids) :]) & tokenizer.special_ids
 
 
 def test_usage_and_cost(http: httpx.Client) -> None:
