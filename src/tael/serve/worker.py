@@ -26,7 +26,8 @@ from tael.errors import TaelError
 from tael.serve.errors import ApiError
 
 
-_GONE = ApiError(503, "the model was unloaded; send the request again", retry_after=1)
+def _gone() -> ApiError:
+    return ApiError(503, "the model was unloaded; send the request again", retry_after=1)
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,11 @@ class EngineWorker:
 
     def _let_go(self, engine: Engine) -> None:
         self._gone.add(engine)
-        self._fail(engine, _GONE)
+        self._fail(engine, _gone())
 
     def _admit(self, ticket: Ticket) -> None:
         if ticket.engine in self._gone:
-            self._news.append((ticket, _GONE))
+            self._news.append((ticket, _gone()))
             return
         try:
             sequence = ticket.engine.submit(ticket.prompt, ticket.params, salt=ticket.salt, text=ticket.text)
