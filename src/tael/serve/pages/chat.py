@@ -298,6 +298,7 @@ class ChatPage:
             raise TaelError("an answer is still being written: wait for it, or stop it")
         if not self._models.value:
             raise TaelError("no model is served")
+        self._settings.functions()  # before anything is kept
 
     def _stop(self) -> None:
         for node in list(self._live):

@@ -82,7 +82,7 @@ def _traits(card: Any) -> str:
 
 
 def _price(price: Any) -> str:
-    return f"${price.hit:g} cached, ${price.miss:g} new, ${price.output:g} written; a million tokens"
+    return f"${price.hit:g} cached, ${price.miss:g} new, ${price.output:g} written, a million tokens"
 
 
 class ThinkingPicker:

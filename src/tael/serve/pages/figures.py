@@ -20,7 +20,7 @@ def figures_of(running: Running, now: float) -> dict[str, Any]:
         if running.pieces:
             figures |= {
                 "estimated": True,
-                "prompt_tokens": running.prompt_tokens,
+                "prompt_tokens": running.prompt_tokens or None,
                 "completion_tokens": running.pieces,
                 "reasoning_tokens": running.thought_pieces,
                 "tokens_per_second": running.tokens_per_second,
@@ -61,6 +61,8 @@ def number(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """`0.4 s`, `12 s`, `3 min 5 s`."""
+    if 0 < seconds < 0.05:
+        return "under 0.1 s"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:
@@ -72,7 +74,7 @@ def speed(tokens_per_second: float | None) -> str:
     """`41 tok/s`; a digit more below ten."""
     if tokens_per_second is None:
         return ""
-    return f"{tokens_per_second:.1f} tok/s" if tokens_per_second < 10 else f"{tokens_per_second:.0f} tok/s"
+    return f"{tokens_per_second:.1f} tok/s" if tokens_per_second < 10 else f"{tokens_per_second:,.0f} tok/s"
 
 
 def money(dollars: float) -> str:
@@ -111,9 +113,3 @@ def thought_line(seconds: float | None, tokens: int | None) -> str:
     """`Thought for 3.2 s · 128 tokens`."""
     words = "Thought" if seconds is None else f"Thought for {duration(seconds)}"
     return f"{words} · {number(tokens)} tokens" if tokens else words
-
-
-def usage_words(prompt: dict[str, Any] | None, limit: int | None) -> tuple[int, str]:
-    """Tokens that the context holds after the latest answer, and how that reads against the limit."""
-    used = int((prompt or {}).get("context_tokens") or 0)
-    return used, f"{number(used)} of {number(limit)} tokens" if limit else f"{number(used)} tokens"

@@ -11,7 +11,7 @@ export default {
       </ul>
       <p v-if="problem" class="problem" role="alert">{{ problem }}</p>
       <textarea ref="text" v-model="text" rows="1" :placeholder="placeholder" aria-label="Message" id="message"
-        @input="grow" @keydown="typed" @paste="pasted"></textarea>
+        @input="keep" @keydown="typed" @paste="pasted"></textarea>
       <div class="composer-bar">
         <input ref="picker" type="file" multiple class="unseen" tabindex="-1" aria-hidden="true" @change="picked">
         <button type="button" class="icon" aria-label="Add text files" title="Add text files (or drop them anywhere)" @click="$refs.picker.click()">
@@ -41,6 +41,8 @@ export default {
       this.over = this.depth > 0;
     };
     for (const name of ["dragenter", "dragover", "dragleave", "drop"]) document.addEventListener(name, this.dragged);
+    this.text = sessionStorage.getItem("tael-draft") || "";
+    this.$nextTick(this.grow);
     if (matchMedia("(pointer: fine)").matches) this.focus();
   },
   unmounted() {
@@ -51,6 +53,7 @@ export default {
       this.text = "";
       this.files = [];
       this.problem = "";
+      sessionStorage.removeItem("tael-draft");
       this.$nextTick(this.grow);
     },
     fail(problem) {
@@ -58,6 +61,11 @@ export default {
     },
     focus() {
       this.$refs.text.focus();
+    },
+    // What is written outlives a reload of this tab.
+    keep() {
+      sessionStorage.setItem("tael-draft", this.text);
+      this.grow();
     },
     grow() {
       window.tael.grow(this.$refs.text);
