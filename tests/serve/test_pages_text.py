@@ -73,8 +73,9 @@ TEX = st.lists(
     st.sampled_from(
         [
             "\\frac", "{", "}", "x", "^", "_", "\\text", "\\href", "javascript:alert(1)", "<img src=x>", "&lt;",
-            "\\\\", "&", "\\begin{matrix}", "\\end{matrix}", "\\left(", "\\right)", "\\sqrt", "\\color{red}", "\\style", "\\sum",
-            "\\newcommand", "\\def", "\\unicode", "\\operatorname", "\\hspace{1em}", "\\class", "&#x3c;script",
+            "\\\\", "&", "\\begin{matrix}", "\\end{matrix}", "\\left(", "\\right)", "\\sqrt", "\\color{red}", '"',
+            "\\style", "\\sum", "\\newcommand", "\\def", "\\unicode", "\\operatorname", "\\hspace{1em}", "\\class",
+            "&#x3c;script",
         ]
     ),
     max_size=20,
@@ -128,6 +129,7 @@ def test_a_hundred_levels_of_quotes_or_braces_are_survived():
         ("\\$x\\$", "<p>$x$</p>"),
         ("$\\frac$", '<code class="tex">'),
         ("~~a~~", "<s>a</s>"),
+        ("one\ntwo", "one<br />"),
         ("|a|\n|-|\n|b|", "<td>b</td>"),
         ("```python\ndef f(): pass\n```", '<span class="k">def</span>'),
         ("```nonsense\n<b>\n```", "&lt;b&gt;"),
@@ -299,7 +301,7 @@ def test_money_is_never_far_off(dollars):
 
 
 def test_durations_and_lines():
-    assert [duration(s) for s in (0.44, 9.96, 12.3, 185)] == ["0.4 s", "10.0 s", "12 s", "3 min 5 s"]
+    assert [duration(s) for s in (0.0492, 0.44, 9.96, 12.3, 185)] == ["49 ms", "0.4 s", "10.0 s", "12 s", "3 min 5 s"]
     assert thought_line(3.21, 1234) == "Thought for 3.2 s · 1,234 tokens"
     assert figures_line({"completion_tokens": 5, "estimated": True}) == ["about 5 tokens"]
     assert add_figures({"estimated": True, "completion_tokens": 1}, {"completion_tokens": 2})["estimated"]

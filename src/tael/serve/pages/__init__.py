@@ -128,6 +128,10 @@ def _add_others(service: ChatService, history: History, runbook: Any, who: _Who)
 
         return shown(request, "Runs", "/runs", lambda caller: runs_page(runbook, caller))
 
+    from tael.serve.pages.runs import add_reports
+
+    add_reports(runbook, who.asks)
+
     @ui.page("/plan")
     def plan(request: Request) -> Response | None:
         from tael.serve.pages.plan import plan_page

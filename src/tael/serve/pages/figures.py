@@ -36,7 +36,7 @@ def figures_of(running: Running, now: float) -> dict[str, Any]:
         "cost": usage.get("cost"),
         "seconds": speed.get("seconds"),
         "first_token_seconds": speed.get("first_token_seconds"),
-        "tokens_per_second": speed.get("tokens_per_second"),
+        "tokens_per_second": speed.get("tokens_per_second") or None,  # of a single token there is none
     }
     return {name: value for name, value in figures.items() if value is not None}
 
@@ -60,9 +60,9 @@ def number(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min 5 s`."""
-    if 0 < seconds < 0.05:
-        return "under 0.1 s"
+    """`49 ms`, `0.4 s`, `12 s`, `3 min 5 s`."""
+    if seconds < 0.1:
+        return f"{max(1, round(seconds * 1000))} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:

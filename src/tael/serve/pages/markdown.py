@@ -101,7 +101,7 @@ def _html(tokens: list[Token]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _parser() -> MarkdownIt:
-    parser = MarkdownIt("commonmark", {"html": False, "linkify": False, "maxNesting": 40})
+    parser = MarkdownIt("commonmark", {"html": False, "linkify": False, "breaks": True, "maxNesting": 40})
     parser.enable(["table", "strikethrough"])
     # Definitions of links would change blocks that were sent long ago; models hardly write them.
     parser.disable(["reference", "html_block", "html_inline"])
