@@ -297,3 +297,28 @@ def test_the_browser_itself_refuses_other_hosts(server, browser):
     context.close()
     assert outcome == ["no", "no"]
     assert refused["https://evil.example/p.png"] == "csp"
+
+
+def test_what_fails_after_a_click_is_told_in_a_line(page):
+    ask(page, "Soon gone")
+    page.locator("li.current").get_by_label("More about").click()
+    page.get_by_label("Title").fill("Renamed")
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.locator("li.current").get_by_label("More about").click()
+    other.get_by_role("button", name="Delete").click()
+    other.get_by_role("button", name="Delete for good").click()
+    expect(other).to_have_url(re.compile(r"/$"))
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator(".q-notification")).to_contain_text("there is no conversation")
+    expect(page.locator("h1")).to_have_text("New chat")  # the first tab has noticed, too
+
+
+def test_what_was_being_written_outlives_a_reload(page):
+    page.fill("#message", "half a thought")
+    page.reload()
+    expect(page.locator("#message")).to_have_value("half a thought")
+    ask(page, "sent")
+    page.reload()
+    expect(page.locator("article.user")).to_be_visible()
+    expect(page.locator("#message")).to_have_value("")

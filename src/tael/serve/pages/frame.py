@@ -15,6 +15,8 @@ from fastapi.staticfiles import StaticFiles
 from markupsafe import Markup
 from nicegui import app, ui
 
+from tael.errors import TaelError
+from tael.serve.errors import ApiError
 from tael.serve.pages.widgets import html, icon_button, text
 
 STATIC = Path(__file__).with_name("static")
@@ -69,7 +71,15 @@ def bare(title: str) -> Iterator[None]:
         yield
 
 
+def _tell(failure: Exception) -> None:
+    """What went wrong in answer to a click, in one line (the server's log has the rest)."""
+    known = isinstance(failure, TaelError | ApiError)
+    words = str(failure) if known else "Something went wrong inside the server; its log says what."
+    ui.notify(words, type="negative", timeout=8000)
+
+
 def _head(title: str) -> None:
+    ui.on_exception(_tell)
     ui.dark_mode({"dark": True, "light": False}.get(_theme()))
     outer = ui.context.client.content.parent_slot
     if outer is not None:

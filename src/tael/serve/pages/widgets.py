@@ -48,12 +48,14 @@ class Field:
 
     def __init__(self, control: Element, value: Any, on_change: Callable[[], Any] | None = None):
         self.control = control
-        self.value = value
+        self.value: Any = value
         self._on_change = on_change
         control.on("change", self._changed, js_handler=_VALUE)
 
     def _changed(self, event: Any) -> None:
-        self.value = event.args
+        self.value = (
+            event.args if isinstance(event.args, bool) else str(event.args or "")
+        )  # browsers may send anything
         if self._on_change:
             self._on_change()
 
