@@ -198,6 +198,18 @@ def test_thoughts_end_with_the_budget(
     assert rest.tokens == completion.tokens[budget + 1 :]
 
 
+def test_who_submits_may_say_how_the_answer_begins(speaker: Transformer, tokenizer: Tokenizer) -> None:
+    """A prompt inside thoughts that does not end in `<think>`, as some chat templates write it."""
+    engine = Engine(speaker, tokenizer)
+    prompt = [tokenizer.think_id or 0, *tokenizer.encode("quick")]
+    params = SamplingParams(8, 0.0, thinking_budget=2, logit_bias={tokenizer.end_think_id or 0: -100})
+    said = engine.submit(prompt, params, begins="thinking")
+    unsaid = engine.submit(prompt, params)
+    drain(engine)
+    assert said.output[2] == tokenizer.end_think_id
+    assert tokenizer.end_think_id not in unsaid.output
+
+
 def test_stop_strings(speaker: Transformer, tokenizer: Tokenizer) -> None:
     engine = Engine(speaker, tokenizer)
     free = "".join(e.text for e in engine.stream("The", temperature=0.0, max_tokens=30))

@@ -87,23 +87,32 @@ class Engine:
     # ------------------------------------------------------------- one request
 
     def submit(
-        self, prompt: List[int], params: SamplingParams, *, salt: Hashable = None, text: bool = True
+        self,
+        prompt: List[int],
+        params: SamplingParams,
+        *,
+        salt: Hashable = None,
+        text: bool = True,
+        begins: Opening | None = None,
     ) -> Sequence:
         """A request joins the waiting; its tokens come out of `step`.
 
-        Sequences of different `salt` never share a prefix. `text`: events carry text (with a tokenizer). Raises
-        TaelError, and changes nothing, for a prompt or parameters that cannot be served.
+        Sequences of different `salt` never share a prefix. `text`: events carry text (with a tokenizer). `begins` says
+        how the answer begins; None: the prompt's last token does. Raises TaelError, and changes nothing, for a prompt
+        or parameters that cannot be served.
         """
-        sequence = self._make(prompt, params, salt, text)
+        sequence = self._make(prompt, params, salt, text, begins)
         context = self.model.config.max_position_embeddings
         self._provide([sequence.slots], [context] * self.settings.max_batch)
         self._join(sequence)
         return sequence
 
-    def _make(self, prompt: List[int], params: SamplingParams, salt: Hashable, text: bool) -> Sequence:
+    def _make(
+        self, prompt: List[int], params: SamplingParams, salt: Hashable, text: bool, begins: Opening | None = None
+    ) -> Sequence:
         self.check_prompt(prompt, params.max_tokens)
         tokens = list(prompt)
-        begins = opening(tokens, self.tokenizer)
+        begins = begins or opening(tokens, self.tokenizer)
         state = self._sampler(tokens, params, begins)
         watched = text or params.stop or params.thinking_budget is not None
         watch = Watch(params, self.tokenizer if watched else None, thinking=begins == "thinking")

@@ -13,13 +13,15 @@ import json
 import time
 from collections.abc import AsyncIterator, Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tael.data import Tokenizer
 from tael.engine import SamplingParams
+from tael.engine.watch import Opening
 from tael.serve.answer import Answer, Chunk, Counts
 from tael.serve.errors import ApiError
-from tael.serve.formats import Prompt
+from tael.serve.formats import Prompt, Starts
 from tael.serve.models import Hosted
 from tael.serve.orders import Order
 from tael.serve.prices import Cost, Price
@@ -27,6 +29,7 @@ from tael.serve.worker import EngineWorker, Ticket, Update
 
 _ENDS = {"message_delta", "response.completed", "response.incomplete"}
 """Named events that carry the usage."""
+_BEGINS: dict[Starts, Opening] = {"think": "thinking", "free": "free", "answer": "answer", "calls": "answer"}
 _USAGE = ',"usage":{'
 """In a chunk without a name: of the content, a quotation mark would be escaped."""
 
@@ -91,15 +94,15 @@ class Race:
     the cache."""
 
     def __init__(self, worker: EngineWorker, hosted: Hosted, prompt: list[int], params: list[SamplingParams]) -> None:
-        self._submit = lambda i: worker.submit(hosted.engine, prompt, params[i], salt=self._salt, text=self._text)
-        self._count, self._salt, self._text = len(params), None, True
+        self._put = partial(worker.submit, hosted.engine, prompt)
+        self._params = params
         self._tickets: list[Ticket] = []
         self._first: AsyncIterator[Update] | None = None
 
-    async def start(self, salt: Hashable, text: bool) -> None:
+    async def start(self, salt: Hashable, text: bool, begins: Opening | None = None) -> None:
         """Hand the first over and wait until the engine has taken it. Raises ApiError."""
-        self._salt, self._text = salt, text
-        self._tickets.append(self._submit(0))
+        self._put = partial(self._put, salt=salt, text=text, begins=begins)
+        self._tickets.append(self._put(self._params[0]))
         self._first = aiter(self._tickets[0])
         await anext(self._first)
 
@@ -124,14 +127,14 @@ class Race:
         assert self._first is not None, "start() comes first"
         async for update in self._first:
             yield 0, update
-            if self._count > 1 and update.events:
+            if len(self._params) > 1 and update.events:
                 break
-        if self._count > 1:
+        if len(self._params) > 1:
             async for found in self._rest():
                 yield found
 
     async def _rest(self) -> AsyncIterator[tuple[int, Update]]:
-        self._tickets += [self._submit(i) for i in range(1, self._count)]
+        self._tickets += [self._put(params) for params in self._params[1:]]
         inbox: asyncio.Queue[tuple[int, Update | BaseException | None]] = asyncio.Queue()
 
         async def pump(place: int, updates: AsyncIterator[Update]) -> None:
@@ -177,7 +180,7 @@ class Exchange:
     async def start(self, salt: Hashable) -> None:
         text = any(not answer.takes_tokens for answer in self.answers)
         try:
-            await self._race.start(salt, text)
+            await self._race.start(salt, text, _BEGINS[self.prompt.starts])
         except ApiError as error:
             if error.status == 400 and error.message.startswith("constraint: "):
                 name = self.order.constrains

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from tael.engine import Engine, SamplingParams, TokenEvent
 from tael.engine.sequence import Sequence
+from tael.engine.watch import Opening
 from tael.errors import TaelError
 from tael.serve.errors import ApiError
 
@@ -54,6 +55,7 @@ class Ticket:
     params: SamplingParams
     salt: Hashable
     text: bool
+    begins: Opening | None
     loop: asyncio.AbstractEventLoop
     sequence: Sequence | None = None
     _inbox: deque[Update | ApiError] = field(default_factory=deque)
@@ -110,10 +112,17 @@ class EngineWorker:
         self._thread.start()
 
     def submit(
-        self, engine: Engine, prompt: list[int], params: SamplingParams, *, salt: Hashable = None, text: bool = True
+        self,
+        engine: Engine,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        salt: Hashable = None,
+        text: bool = True,
+        begins: Opening | None = None,
     ) -> Ticket:
-        """Hand a request over; call it on the event loop that is to hear of it."""
-        ticket = Ticket(self, engine, prompt, params, salt, text, asyncio.get_running_loop())
+        """Hand a request over, as to `Engine.submit`; call it on the event loop that is to hear of it."""
+        ticket = Ticket(self, engine, prompt, params, salt, text, begins, asyncio.get_running_loop())
         self._orders.put(lambda: self._admit(ticket))
         return ticket
 
@@ -163,7 +172,9 @@ class EngineWorker:
             self._news.append((ticket, _gone()))
             return
         try:
-            sequence = ticket.engine.submit(ticket.prompt, ticket.params, salt=ticket.salt, text=ticket.text)
+            sequence = ticket.engine.submit(
+                ticket.prompt, ticket.params, salt=ticket.salt, text=ticket.text, begins=ticket.begins
+            )
         except TaelError as error:
             self._news.append((ticket, ApiError(400, str(error))))
         except Exception as error:
