@@ -82,6 +82,18 @@ def test_stopping_keeps_what_was_said_and_continue_goes_on_from_there(page, serv
     assert prefix == {"role": "assistant", "content": "Once upon a time", "prefix": True}
 
 
+def test_stopped_before_the_first_word_it_can_be_asked_again_in_place(page, server):
+    ask(page, "gate:silent say:Now_then.")
+    expect(answer(page).locator(".status")).to_have_text("starting")
+    page.get_by_label("Stop", exact=True).click()
+    expect(done(page)).to_contain_text("Stopped.")
+    server.open("silent")
+    done(page).get_by_text("Continue").click()
+    expect(done(page).locator("[data-part=said]")).to_have_text("Now then.")
+    expect(page.locator("article.assistant .places")).to_have_count(0)
+    assert server.bodies()[-1]["messages"][-1]["role"] == "user"
+
+
 def test_escape_stops(page):
     ask(page, "say:Hello gate:never")
     expect(answer(page).locator("[data-part=said]")).to_contain_text("Hello")

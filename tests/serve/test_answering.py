@@ -185,6 +185,17 @@ def test_ended_from_outside_it_keeps_its_text_and_stops_the_model(house, how):
     assert house.service.closed
 
 
+def test_stopped_before_it_began_it_ends_too(house):
+    async def story():
+        running = house.start()
+        house.answering.stop(running.node)
+        await ended(running)
+        return running
+
+    node = house.kept(asyncio.run(story()))
+    assert (node.content, node.state, house.service.asked) == ("", "stopped", [])
+
+
 @pytest.mark.parametrize(
     "failure, line",
     [

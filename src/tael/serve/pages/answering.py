@@ -46,6 +46,8 @@ class Running:
     reasoning: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     phase: Phase = "waiting"
+    note: str = "starting"
+    """What it waits for, as far as the page that asked knows."""
     state: str = "running"
     error: str | None = None
     figures: dict[str, Any] = field(default_factory=dict)
@@ -160,7 +162,9 @@ class Answering:
         running.tool_calls = [dict(call) for call in node.tool_calls]
         self._running[node.id] = running
         self.changed(conversation)
-        task = asyncio.get_running_loop().create_task(self._answer(running, caller, body, dict(node.figures or {})))
+        before = dict(node.figures or {})
+        task = asyncio.get_running_loop().create_task(self._answer(running, caller, body))
+        task.add_done_callback(lambda task: self._ended(running, task, before))
         self._tasks[node.id] = task
         return running
 
@@ -190,6 +194,8 @@ class Answering:
         for node in list(self._tasks):
             self._cancel(node, "interrupted")
         await asyncio.gather(*tasks, return_exceptions=True)
+        while self._running:  # their ends are written by callbacks that come next
+            await asyncio.sleep(0)
 
     def _cancel(self, node: int, state: str) -> None:
         task = self._tasks.get(node)
@@ -197,22 +203,19 @@ class Answering:
             self._ends[node] = state
             task.cancel()
 
-    async def _answer(self, running: Running, caller: Caller, body: dict[str, Any], before: dict[str, Any]) -> None:
-        state, error = "error", None
-        try:
-            await self._follow(running, caller, body)
-            state = "done"
-        except asyncio.CancelledError:
-            state = self._ends.get(running.node, "interrupted")
-        except (ApiError, TaelError) as failure:
-            error = str(failure)
-        except Exception:
-            logging.getLogger(__name__).exception("an answer failed")
-            error = "something went wrong inside the server; its log says what"
-        finally:
-            self._finish(running, state, error, before)
+    def _ended(self, running: Running, task: asyncio.Task[None], before: dict[str, Any]) -> None:
+        """Called by the event loop: also for a task that was cancelled before its first step."""
+        if task.cancelled():
+            return self._finish(running, self._ends.get(running.node, "interrupted"), None, before)
+        failure = task.exception()
+        if failure is None:
+            return self._finish(running, "done", None, before)
+        if isinstance(failure, ApiError | TaelError):
+            return self._finish(running, "error", str(failure), before)
+        logging.getLogger(__name__).error("an answer failed", exc_info=failure)
+        self._finish(running, "error", "something went wrong inside the server; its log says what", before)
 
-    async def _follow(self, running: Running, caller: Caller, body: dict[str, Any]) -> None:
+    async def _answer(self, running: Running, caller: Caller, body: dict[str, Any]) -> None:
         written = self._clock()
         stream = self._service.chat(body, caller, progress=True)
         try:

@@ -285,9 +285,14 @@ class ChatPage:
 
     def _answer(self, node: Node, onto: Node | None = None) -> None:
         """Let the model answer what stands in `node`, or go on with `onto`."""
-        path = path_to(self._history.nodes(self._owner, node.conversation), (onto or node).id)
+        begun = onto is not None and (onto.content or onto.reasoning)
+        end = onto if onto is not None and begun else node
+        path = path_to(self._history.nodes(self._owner, node.conversation), end.id)
         body = request_body(self._models.value, self._thinks(), self._system, self._settings, path)
-        self._answering.start(self._caller, node.conversation, body, node.id, onto)
+        running = self._answering.start(self._caller, node.conversation, body, node.id, onto)
+        card = self._card()
+        if card is not None and not card.loaded:
+            running.note = f"loading {card.name}"
         self._sync()
         self._transcript.say("Asked")
 

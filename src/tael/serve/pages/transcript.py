@@ -119,7 +119,7 @@ class Live:
 def status(running: Running) -> str:
     """What an answer is doing, in words."""
     if running.phase == "waiting":
-        words = f"waiting, {running.ahead} ahead" if running.ahead else "starting"
+        words = f"waiting, {running.ahead} ahead" if running.ahead else running.note
         return str(Markup("<span>{}</span>").format(words))
     if running.phase == "reading":
         line = f"reading {number(running.computed)} of {number(running.prompt_tokens)} tokens"
