@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tael.serve.history import History, database
+from tael.serve.history import Head, History, Node, Tree, database
 
 
 @pytest.fixture(params=[True, False], ids=["fts5", "without"])
@@ -79,6 +79,27 @@ def test_a_message_is_found_as_it_is_now(history):
     with history._database.writing() as connection:
         if history._database.indexed:
             connection.execute("INSERT INTO words (words) VALUES ('integrity-check')")
+
+
+def indexed(history: History) -> list[bool]:
+    with history._database.reading() as connection:
+        return [bool(row[0]) for row in connection.execute("SELECT indexed FROM nodes ORDER BY id")]
+
+
+def test_an_import_is_found_before_and_after_it_is_indexed(history, monkeypatch):
+    nodes = [Node(i, 0, i - 1 if i else None, "user", f"imported{i}") for i in range(120)]
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "_index", lambda: None)  # killed after the rows were written
+        (head,) = history.insert("local", [Tree(Head(0, ""), nodes)])
+    assert not any(indexed(history))
+    running = history.add("local", head.id, None, "assistant", "streams", state="running").id
+    assert found(history, "imported77") == {head.id} == found(history, "streams")
+    history.update("local", running, content="streams on")
+    history._index()
+    assert indexed(history) == [True] * 120 + [False]
+    assert history.recover() == 1 and all(indexed(history))
+    assert found(history, "imported77") == {head.id} == found(history, "streams on")
+    assert found(history, "imported777") == set()
 
 
 HOSTILE = ['"', "'", "a\"b", "* NEAR(", "NOT", "title:x", "{a b}:", "(((", "^x", "-x", "a\0b", "%_\\", "x" * 100_000,

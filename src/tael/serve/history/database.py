@@ -33,10 +33,11 @@ _SCHEMA = (
         conversation INTEGER NOT NULL REFERENCES conversations (id) DEFERRABLE INITIALLY DEFERRED,
         parent INTEGER REFERENCES nodes (id) DEFERRABLE INITIALLY DEFERRED,
         role TEXT NOT NULL, content TEXT NOT NULL, reasoning TEXT, tool_calls TEXT NOT NULL, model TEXT NOT NULL,
-        created TEXT NOT NULL, state TEXT NOT NULL, figures TEXT NOT NULL, error TEXT)""",
+        created TEXT NOT NULL, state TEXT NOT NULL, figures TEXT NOT NULL, error TEXT, indexed INTEGER NOT NULL)""",
     "CREATE INDEX nodes_by_conversation ON nodes (conversation)",
     "CREATE INDEX nodes_by_parent ON nodes (parent)",  # what the foreign key asks for at every deletion
     "CREATE INDEX nodes_running ON nodes (state) WHERE state = 'running'",
+    "CREATE INDEX nodes_not_indexed ON nodes (indexed) WHERE indexed = 0",
     """CREATE TABLE votes (
         id INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, created TEXT NOT NULL, prompt TEXT NOT NULL,
         chosen TEXT NOT NULL, rejected TEXT NOT NULL, chosen_model TEXT NOT NULL, rejected_model TEXT NOT NULL,
@@ -52,18 +53,19 @@ _SCHEMA = (
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
-# The index holds finished messages only: one that streams would be indexed anew some times a second. Trigrams, not
-# words: Chinese has no spaces, and part of a word is found as it is typed.
+# The index holds the messages that say so (`indexed`), the others are read at every search: one that streams would be
+# indexed anew some times a second, and an import is indexed bit by bit (a megabyte takes about a second). Trigrams,
+# not words: Chinese has no spaces, and part of a word is found as it is typed.
 _INDEX = (
-    "CREATE VIEW IF NOT EXISTS finished AS SELECT id, content FROM nodes WHERE state <> 'running'",
+    "CREATE VIEW IF NOT EXISTS searched AS SELECT id, content FROM nodes WHERE indexed",
     """CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5
-        (content, content = 'finished', content_rowid = 'id', tokenize = 'trigram')""",
-    """CREATE TRIGGER words_insert AFTER INSERT ON nodes WHEN NEW.state <> 'running'
+        (content, content = 'searched', content_rowid = 'id', tokenize = 'trigram')""",
+    """CREATE TRIGGER words_insert AFTER INSERT ON nodes WHEN NEW.indexed
         BEGIN INSERT INTO words (rowid, content) VALUES (NEW.id, NEW.content); END""",
-    """CREATE TRIGGER words_update AFTER UPDATE OF content, state ON nodes BEGIN
-        INSERT INTO words (words, rowid, content) SELECT 'delete', OLD.id, OLD.content WHERE OLD.state <> 'running';
-        INSERT INTO words (rowid, content) SELECT NEW.id, NEW.content WHERE NEW.state <> 'running'; END""",
-    """CREATE TRIGGER words_delete AFTER DELETE ON nodes WHEN OLD.state <> 'running'
+    """CREATE TRIGGER words_update AFTER UPDATE OF content, indexed ON nodes BEGIN
+        INSERT INTO words (words, rowid, content) SELECT 'delete', OLD.id, OLD.content WHERE OLD.indexed;
+        INSERT INTO words (rowid, content) SELECT NEW.id, NEW.content WHERE NEW.indexed; END""",
+    """CREATE TRIGGER words_delete AFTER DELETE ON nodes WHEN OLD.indexed
         BEGIN INSERT INTO words (words, rowid, content) VALUES ('delete', OLD.id, OLD.content); END""",
     "INSERT INTO words (words) VALUES ('rebuild')",
 )

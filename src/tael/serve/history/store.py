@@ -25,7 +25,9 @@ _NODE = "id, conversation, parent, role, content, reasoning, tool_calls, model, 
 _VOTE = "id, owner, created, prompt, chosen, rejected, chosen_model, rejected_model, tie, note"
 _IN_MESSAGES = "id IN (SELECT conversation FROM nodes WHERE holds(content, ?))"
 _IN_INDEX = "id IN (SELECT conversation FROM nodes WHERE id IN (SELECT rowid FROM words WHERE words MATCH ?))"
-_RUNNING_TOO = "id IN (SELECT conversation FROM nodes WHERE state = 'running' AND holds(content, ?))"
+_NOT_INDEXED = "id IN (SELECT conversation FROM nodes WHERE indexed = 0 AND holds(content, ?))"
+_INDEX_SOME = """UPDATE nodes SET indexed = 1 WHERE id IN
+    (SELECT id FROM nodes WHERE indexed = 0 AND state <> 'running' LIMIT 50)"""
 
 
 class History:
@@ -47,7 +49,9 @@ class History:
         Only one process may serve a file: the running answers of another would be marked as well.
         """
         with self._database.writing() as connection:
-            return connection.execute("UPDATE nodes SET state = 'interrupted' WHERE state = 'running'").rowcount
+            found = connection.execute("UPDATE nodes SET state = 'interrupted' WHERE state = 'running'").rowcount
+        self._index()
+        return found
 
     # ------------------------------------------------------------- conversations
 
@@ -158,7 +162,7 @@ class History:
             self._head(connection, owner, conversation)
             if parent is not None:
                 self._node(connection, owner, parent, conversation)
-            id = _insert_node(connection, node)
+            id = _insert_node(connection, node, indexed=state != "running")
             _set(connection, "conversations", conversation, {"leaf": id, "updated": node.created})
             return self._node(connection, owner, id)
 
@@ -187,15 +191,22 @@ class History:
             changes["error"] = clean(error) or None
         with self._database.writing() as connection:
             node = self._node(connection, owner, node_id)
+            if state is not None:
+                changes["indexed"] = state != "running"
             _set(connection, "nodes", node_id, changes)
             _set(connection, "conversations", node.conversation, {"updated": _now()})
 
     # ---------------------------------------------------------- import and votes
 
     def insert(self, owner: str, trees: Iterable[Tree]) -> list[Head]:
-        """Keep imported conversations (of `from_json`, ..) as `owner`'s, all or none, under ids of their own."""
+        """Keep imported conversations (of `from_json`, ..) as `owner`'s, all or none, under ids of their own.
+
+        Many megabytes take a while; other threads get their turn in between.
+        """
         with self._database.writing() as connection:
-            return [self._head(connection, owner, _insert_tree(connection, owner, tree)) for tree in trees]
+            heads = [self._head(connection, owner, _insert_tree(connection, owner, tree)) for tree in trees]
+        self._index()
+        return heads
 
     def vote(
         self,
@@ -222,6 +233,13 @@ class History:
 
     # -------------------------------------------------------------------- helpers
 
+    def _index(self) -> None:
+        """Take into the index what is not yet, a little at a time."""
+        found = 1
+        while found:
+            with self._database.writing() as connection:
+                found = connection.execute(_INDEX_SOME).rowcount
+
     def _head(self, connection: sqlite3.Connection, owner: str, id: int) -> Head:
         sql = f"SELECT {_HEAD} FROM conversations WHERE id = ? AND owner = ?"
         row = connection.execute(sql, (id, owner)).fetchone() if _is_id(id) else None
@@ -242,7 +260,7 @@ class History:
         folded = word.casefold()
         if self._database.indexed and len(word) >= 3:  # fewer characters make no trigram
             phrase = '"' + word.replace('"', '""') + '"'
-            return f"(holds(title, ?) OR {_IN_INDEX} OR {_RUNNING_TOO})", [folded, phrase, folded]
+            return f"(holds(title, ?) OR {_IN_INDEX} OR {_NOT_INDEXED})", [folded, phrase, folded]
         return f"(holds(title, ?) OR {_IN_MESSAGES})", [folded, folded]
 
     def _as_head(self, row: Sequence[Any]) -> Head:
@@ -269,7 +287,8 @@ def _insert_tree(connection: sqlite3.Connection, owner: str, tree: Tree) -> int:
     ids: dict[int | None, int | None] = {None: None}
     for node in tree.nodes:  # parents first
         state = "interrupted" if node.state == "running" else node.state
-        ids[node.id] = _insert_node(connection, replace(node, conversation=id, parent=ids[node.parent], state=state))
+        placed = replace(node, conversation=id, parent=ids[node.parent], state=state)
+        ids[node.id] = _insert_node(connection, placed, indexed=False)
     _set(connection, "conversations", id, {"leaf": ids[tree.head.leaf]})
     return id
 
@@ -280,7 +299,7 @@ def _insert_head(connection: sqlite3.Connection, head: Head) -> int:
     return _insert(connection, "conversations", _HEAD, values)
 
 
-def _insert_node(connection: sqlite3.Connection, node: Node) -> int:
+def _insert_node(connection: sqlite3.Connection, node: Node, indexed: bool) -> int:
     values = [
         node.conversation,
         node.parent,
@@ -293,8 +312,9 @@ def _insert_node(connection: sqlite3.Connection, node: Node) -> int:
         _one_of(node.state, State, "state"),
         _json(node.figures, "figures"),
         None if node.error is None else clean(node.error),
+        indexed,
     ]
-    return _insert(connection, "nodes", _NODE, values)
+    return _insert(connection, "nodes", f"{_NODE}, indexed", values)
 
 
 def _insert(connection: sqlite3.Connection, table: str, columns: str, values: Sequence[Any]) -> int:
