@@ -23,7 +23,7 @@ def setup(model: str) -> dict[str, Any]:
 def questions(prompts: list[str], tokens: int, clients: int, seconds: float) -> dict[str, Any]:
     """`clients` sequences at any time; when one ends, the next begins."""
     loaded = _held[0]
-    engine, tokenizer = loaded.engine(8192, 8), loaded.tokenizer
+    engine, tokenizer = loaded.engine(8192, 4), loaded.tokenizer
     ids = [encode_chat(tokenizer, [Message("user", prompt)], "direct") for prompt in prompts]
     params = SamplingParams(tokens, 0.0, stop_ids=tokenizer.stop_ids, loop_guard=True)
     chance, generated, running = random.Random(0), 0, 0

@@ -52,7 +52,7 @@ def wait_until_ready(server: subprocess.Popen[bytes]) -> None:
 
 def take(browser: Browser) -> None:
     light = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="light")
-    chat(light, "demo", ["What is 3 + 8 + 5 + 2?"], "chat-thinking.png")
+    chat(light, "demo", ["14+33+49+17=?", "20+36+29+24=?"], "chat-thinking.png")
     dark = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="dark")
     question = "Write a Python function that returns the n-th Fibonacci number, and explain it in two sentences."
     chat(dark, "smollm2-135m", [question], "chat-dark.png")
@@ -95,8 +95,9 @@ def compare(page: Page) -> None:
     page.get_by_label("Most tokens").evaluate("field => field.closest('details').open = true")
     page.get_by_label("Most tokens").fill("80")
     page.get_by_role("button", name="Ask both").click()
-    page.get_by_role("button", name="Left").wait_for(timeout=PATIENCE)
-    page.wait_for_timeout(4000)
+    better = page.get_by_role("button", name="Left is better")
+    page.wait_for_function("button => !button.disabled", arg=better.element_handle(), timeout=PATIENCE)
+    page.get_by_label("Most tokens").evaluate("field => field.closest('details').open = false")
     page.screenshot(path=DOCS / "compare.png")
 
 

@@ -44,7 +44,7 @@ class ModelSpec(BaseModel):
     """Tell the model of the reasoning effort, as DeepSeek's V4 checkpoints expect; else it sets a budget."""
     context: int | None = Field(None, ge=16)
     """Tokens of prompt and answer; the model's, but at most 8,192, unless said."""
-    sequences: int = Field(16, ge=1, le=1024)
+    sequences: int = Field(4, ge=1, le=1024)
     """Contexts the cache has room for, memory permitting; more run while their prompts are short."""
     device: str = "auto"
     quantize: str | None = None
