@@ -23,7 +23,7 @@ class Layout:
     context: int = 1
     expert: int = 1
     shard: int = 1
-    """ZeRO stage: 1 shards the optimiser over the data ranks, 3 also weights and gradients (FSDP)."""
+    """ZeRO stage: 1 shards the optimiser over the data ranks, 2 also gradients, 3 also weights (FSDP)."""
     recompute: Recompute = "none"
     micro_batch: int = 1
     """Sequences."""
@@ -38,7 +38,7 @@ class Layout:
     def __str__(self) -> str:
         named = (("DP", self.data), ("TP", self.tensor), ("PP", self.pipeline), ("CP", self.context))
         parts = [f"{name} {size}" for name, size in (*named, ("EP", self.expert)) if size > 1]
-        kind = "FSDP" if self.shard == 3 else "ZeRO-1"
+        kind = "FSDP" if self.shard == 3 else f"ZeRO-{self.shard}"
         return f"{' x '.join(parts) or 'one device'}, {kind}, micro-batch {self.micro_batch}, recompute {self.recompute}"
 
 
@@ -68,6 +68,11 @@ def check_layout(layout: Layout, shape: Shape, devices: int, sequences: float) -
         )
 
 
+def rounds(shape: Shape, pipeline: int) -> int:
+    """Times a micro-batch goes round the pipeline: up to four of interleaved 1F1B, one layer a turn at least."""
+    return max(1, min(4, shape.layers // pipeline)) if pipeline > 1 else 1
+
+
 def layouts(shape: Shape, chip: Chip, devices: int, sequences: float, sequence: int) -> Iterator[Layout]:
     """Every layout worth a look: degrees that divide what they must, tensor parallelism within a domain only."""
     heads = shape.blocks[0].attention.heads
@@ -80,7 +85,7 @@ def layouts(shape: Shape, chip: Chip, devices: int, sequences: float, sequence: 
                 if data > sequences:
                     continue
                 for expert in _expert_degrees(shape, data * context):
-                    for shard in (1, 3) if data > 1 else (1,):
+                    for shard in (1, 2, 3) if data > 1 else (1,):
                         if shard == 3 and pipeline > 1:
                             continue  # gathering weights anew for every micro-batch of every stage never pays
                         for micro_batch in (1, 2, 4, 8, 16):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from tael.cost.chips import Chip
-from tael.cost.layout import Layout
+from tael.cost.layout import Layout, rounds
 from tael.cost.shapes import Attention, Block, Shape
 
 WEIGHT, GRADIENT = 2, 4
@@ -46,12 +46,13 @@ def training_memory(shape: Shape, chip: Chip, layout: Layout, sequence: int, pre
     sharded = layout.shard == 3
     held = dense / (ranks if sharded else 1) + routed / (ranks / layout.expert if sharded else 1)
     states = dense / ranks + routed / (ranks / layout.expert)
+    summed = states if layout.shard >= 2 else held
     # FSDP gathers one layer at a time, and the next one early.
     gathered = 2.0 * (dense + routed) / shape.layers * layout.pipeline if sharded else 0.0
     tokens = layout.micro_batch * sequence / layout.context
     return Memory(
         weights=WEIGHT * (held + gathered),
-        gradients=GRADIENT * held + (WEIGHT * gathered / 2),
+        gradients=GRADIENT * summed + (WEIGHT * gathered / 2),
         optimiser=optimiser_bytes(precision) * states,
         activations=tokens * _activation_bytes(shape, layout),
         logits=tokens * shape.vocab * (2 + 4) / layout.tensor,
@@ -103,5 +104,7 @@ def _activation_bytes(shape: Shape, layout: Layout) -> float:
     mean = sum(block.count * saved_bytes(block, shape.hidden, layout.recompute) for block in shape.blocks)
     per_layer = mean / shape.layers
     live = max(saved_bytes(block, shape.hidden, "none") for block in shape.blocks)
-    flight = layout.pipeline if layout.pipeline > 1 else 1
+    # Interleaved 1F1B holds p (1 + (p - 1) / (p v)) micro-batches of a stage (Narayanan et al. 2021, section 2.2).
+    p, v = layout.pipeline, rounds(shape, layout.pipeline)
+    flight = p * (1 + (p - 1) / (p * v)) if v > 1 else p
     return (layers * per_layer * flight + live) / layout.tensor

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from tael.cost.chips import Chip
 from tael.cost.collectives import all_gather, dispatch, group, point_to_point
-from tael.cost.layout import Layout
+from tael.cost.layout import Layout, rounds
 from tael.cost.memory import GRADIENT, WEIGHT, local_parameters, optimiser_bytes
 from tael.cost.shapes import Shape
 
@@ -105,8 +105,7 @@ class StepModel:
         beside = self._beside_seconds(layout, tokens) + self._data_seconds(layout, micros) / micros
         exposed = max((1 - c.hidden) * beside, beside - compute)
         per_micro = compute + tensor + exposed
-        rounds = 2 if layout.pipeline > 1 and self.shape.layers >= 2 * layout.pipeline else 1
-        bubble = (layout.pipeline - 1) / rounds * per_micro
+        bubble = (layout.pipeline - 1) / rounds(self.shape, layout.pipeline) * per_micro
         return StepTime(
             compute=micros * compute,
             communication=micros * (tensor + exposed),
@@ -147,7 +146,8 @@ class StepModel:
         if layout.pipeline > 1:
             size = tokens * shape.hidden * 2.0 / layout.tensor
             inner = layout.tensor * layout.data * layout.context
-            total += 2.0 * point_to_point(chip, size, remote=inner >= chip.domain, efficiency=c.bandwidth)
+            once = point_to_point(chip, size, remote=inner >= chip.domain, efficiency=c.bandwidth)
+            total += 2.0 * rounds(shape, layout.pipeline) * once
         if layout.context > 1:
             kv = sum(block.count * block.attention.kv_heads * (block.attention.qk + block.attention.v)
                      for block in shape.blocks)  # fmt: skip
@@ -156,7 +156,10 @@ class StepModel:
         return total
 
     def _data_seconds(self, layout: Layout, micros: int) -> float:
-        """Gradients to their shards and weights back, once a step; with FSDP weights twice a micro-batch as well."""
+        """Gradients to their shards and weights back, once a step.
+
+        Sharded gradients (ZeRO-2) go with every micro-batch; FSDP fetches weights twice a micro-batch as well.
+        """
         dense, routed = local_parameters(self.shape, layout)
         ranks = layout.data * layout.context
         own = group(self.chip, ranks, layout.tensor)
@@ -166,7 +169,7 @@ class StepModel:
         for members, parameters in ((own, dense), (others, routed)):
             weights = all_gather(self.chip, members, WEIGHT * parameters, self.constants.bandwidth)
             gradients = all_gather(self.chip, members, GRADIENT * parameters, self.constants.bandwidth)
-            seconds += times * weights + (micros if layout.shard == 3 else 1.0) * gradients
+            seconds += times * weights + (micros if layout.shard >= 2 else 1.0) * gradients
         return seconds
 
     def _optimiser_seconds(self, layout: Layout) -> float:
