@@ -138,7 +138,7 @@ def test_what_is_wrong_is_one_line(call: Callable, file: Path) -> None:
     file.write_bytes(b"something else" * 1000)
     for extra in ("-wal", "-shm"):
         file.with_name(FILE + extra).unlink(missing_ok=True)
-    assert "not a Tael file" in call("list", fails=1).stderr
+    assert "not a file of Tael's keys" in call("list", fails=1).stderr
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_threads_write_and_read_at_once(store: Store) -> None:
 
 def test_a_reader_does_not_wait_for_a_writer(store: Store) -> None:
     key, secret = store.add_key("anna")
-    with ThreadPoolExecutor(1) as pool, store._write():
+    with ThreadPoolExecutor(1) as pool, store._writer.writing():
         found = pool.submit(lambda: (store.find(secret), store.spent(None)))
         assert found.result(timeout=30) == (key, 0.0)
 
@@ -314,7 +314,7 @@ def test_many_make_the_file_at_once(tmp_path: Path) -> None:
 
 def test_the_file_is_in_wal_mode_and_flushed(store: Store) -> None:
     store.record(served())
-    with store._write() as connection:
+    with store._writer.writing() as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
 
@@ -343,12 +343,12 @@ def ledger(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda path: path.write_bytes(b"not a database, by no means" * 300), "not a Tael file of keys"),
+        (lambda path: path.write_bytes(b"not a database, by no means" * 300), "not a file of Tael's keys"),
         (truncate, "damaged"),
         (newer, "schema 2, this Tael reads 1"),
-        (foreign, "not a Tael file of keys"),
-        (ledger, "not a Tael file of keys"),
-        (Path.mkdir, "Is a directory"),
+        (foreign, "not a file of Tael's keys"),
+        (ledger, "not a file of Tael's keys"),
+        (Path.mkdir, "cannot be opened"),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, make: Callable[[Path], Any], line: str) -> None:
@@ -377,15 +377,16 @@ def test_values_that_cannot_be_are_damage(store: Store) -> None:
 
 def test_a_full_disk_loses_nothing_that_was_there(store: Store) -> None:
     store.record(served())
-    with store._write() as connection:
+    with store._writer.reading() as connection:
         pages = connection.execute("PRAGMA page_count").fetchone()[0]
-    store._writer.execute(f"PRAGMA max_page_count = {pages}")
+        connection.execute(f"PRAGMA max_page_count = {pages}")
     recorded = 1
     with pytest.raises(TaelError, match="disk is full"):
         for _ in range(200):
             store.record(served(endpoint="x" * 200))
             recorded += 1
-    store._writer.execute("PRAGMA max_page_count = 100000")
+    with store._writer.reading() as connection:
+        connection.execute("PRAGMA max_page_count = 100000")
     store.record(served())
     assert len(rows(store.path)) == recorded + 1 and store.spent(None) == 0.125 * (recorded + 1)
 

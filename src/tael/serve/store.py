@@ -8,14 +8,10 @@ same time, and what they change holds at once. Keep it on a local disk, not on a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import secrets
 import sqlite3
-import threading
-import time
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,13 +20,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tael.cost.ledger import Count, Quantity
+from tael.database import Database, Kind, append_only
 from tael.errors import TaelError, did_you_mean
 from tael.serve.caller import LOCAL
 from tael.serve.limits import KeyLimits
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x54415356  # "TASV"
-BUSY_SECONDS = 30.0
 FILE = "serve.sqlite"
 SECRET_START = "tael-"
 _MOST_TEXT = 200
@@ -120,7 +114,7 @@ _GROUPS = {
     "day": ("substr(served.started, 1, 10)", "NULL"),
     "model": ("served.model", "NULL"),
 }
-_SCHEMA = (
+_SCHEMA: tuple[str, ...] = (
     """CREATE TABLE keys (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         name TEXT NOT NULL, shown TEXT NOT NULL, hash BLOB NOT NULL UNIQUE, created TEXT NOT NULL, revoked TEXT,
@@ -133,28 +127,11 @@ _SCHEMA = (
         prompt_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
         completion_tokens INTEGER NOT NULL, reasoning_tokens INTEGER NOT NULL,
         dollars REAL NOT NULL, status INTEGER NOT NULL, finish_reason TEXT)""",
-    """CREATE TRIGGER served_no_update BEFORE UPDATE ON served
-        BEGIN SELECT RAISE(ABORT, 'requests served are append-only'); END""",
-    """CREATE TRIGGER served_no_delete BEFORE DELETE ON served
-        BEGIN SELECT RAISE(ABORT, 'requests served are append-only'); END""",
-    # INSERT OR REPLACE deletes the old row without firing delete triggers (recursive_triggers is off).
-    """CREATE TRIGGER served_no_replace BEFORE INSERT ON served
-        WHEN EXISTS (SELECT 1 FROM served WHERE id = NEW.id)
-        BEGIN SELECT RAISE(ABORT, 'requests served are append-only'); END""",
+    *append_only("served", "requests served"),
     """CREATE TRIGGER keys_no_delete BEFORE DELETE ON keys
         BEGIN SELECT RAISE(ABORT, 'keys are revoked, not deleted'); END""",
-    f"PRAGMA application_id = {APPLICATION_ID}",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
-_ADVICE = {
-    sqlite3.SQLITE_FULL: "the disk is full, nothing was written; free some space",
-    sqlite3.SQLITE_NOTADB: "not a Tael file of keys and requests; move it away or name another folder with --state",
-    sqlite3.SQLITE_CORRUPT: "the file is damaged; move it away and make new keys (tael keys add)",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened; is it a file you may read and write, in such a folder?",
-    sqlite3.SQLITE_READONLY: "cannot be written; check its permissions and those of its folder",
-    sqlite3.SQLITE_IOERR: "reading or writing failed; check the disk and its free space",
-    sqlite3.SQLITE_BUSY: f"was locked by another process for {BUSY_SECONDS:.0f} s; try again",
-}
+KIND = Kind("keys and requests", 0x54415356, 1, "keys", _SCHEMA)  # "TASV"
 
 
 def default_state() -> Path:
@@ -174,22 +151,14 @@ class Store:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._make_file()
-        self._writer, self._writing = self._open(), threading.Lock()
-        self._reader, self._reading = self._open(), threading.Lock()
-        try:
-            self._prepare()
-        except BaseException:
-            self.close()
-            raise
+        self._writer, self._reader = Database(path, KIND), Database(path, KIND)
         self._spent: dict[int | None, float] = {}
         self._summed = 0
         """The last row of `served` that is in `_spent`."""
 
     def close(self) -> None:
-        with self._writing, self._reading:
-            self._reader.close()
-            self._writer.close()
+        self._reader.close()
+        self._writer.close()
 
     # ------------------------------------------------------------------------ keys
 
@@ -200,7 +169,7 @@ class Store:
         secret = SECRET_START + secrets.token_urlsafe(32)
         row = (name, secret[: len(SECRET_START) + 4] + "…", _hash(secret), _now(), *astuple(limits))
         columns = "name, shown, hash, created, budget_dollars, requests_per_minute, tokens_per_minute, concurrent"
-        with self._write() as connection:
+        with self._writer.writing() as connection:
             taken = connection.execute("SELECT 1 FROM keys WHERE name = ? AND revoked IS NULL", (name,)).fetchone()
             if taken:
                 raise TaelError(f"there is a key '{name}' already; revoke it first, or take another name")
@@ -212,18 +181,18 @@ class Store:
     def keys(self, revoked: bool = False) -> list[Key]:
         """The keys that hold, oldest first; with `revoked` those that held once too."""
         where = "" if revoked else "WHERE revoked IS NULL"
-        with self._read() as connection:
+        with self._reader.reading() as connection:
             rows = connection.execute(f"SELECT {_KEY} FROM keys {where} ORDER BY id").fetchall()
         return [self._key(row) for row in rows]
 
     def any_keys(self) -> bool:
         """Whether a key holds: without one, only this machine is served."""
-        with self._read() as connection:
+        with self._reader.reading() as connection:
             return connection.execute("SELECT 1 FROM keys WHERE revoked IS NULL").fetchone() is not None
 
     def find(self, secret: str) -> Key | None:
         """The key with this secret; None when there is none, or it is revoked."""
-        with self._read() as connection:
+        with self._reader.reading() as connection:
             row = connection.execute(
                 f"SELECT {_KEY} FROM keys WHERE hash = ? AND revoked IS NULL", (_hash(secret),)
             ).fetchone()
@@ -231,19 +200,19 @@ class Store:
 
     def revoke(self, name_or_shown: str) -> Key:
         """Let a key hold no longer. Raises TaelError where there is no such key."""
-        with self._write() as connection:
+        with self._writer.writing() as connection:
             key = self._named(connection, name_or_shown)
             return self._change(connection, key, "revoked = ?", (_now(),))
 
     def set_limits(self, name_or_shown: str, limits: KeyLimits) -> Key:
         """Put `limits` in the place of all of a key's limits. Raises TaelError where there is no such key."""
-        with self._write() as connection:
+        with self._writer.writing() as connection:
             key = self._named(connection, name_or_shown)
             return self._change(connection, key, _SET_LIMITS, astuple(limits))
 
     def named(self, name_or_shown: str) -> Key:
         """The key that holds under this name, or whose secret begins so. Raises TaelError where there is none."""
-        with self._read() as connection:
+        with self._reader.reading() as connection:
             return self._named(connection, name_or_shown)
 
     # ------------------------------------------------------------ requests served
@@ -251,12 +220,12 @@ class Store:
     def record(self, served: Served) -> None:
         """Append one request; it is on the disk when this returns, so call it in a thread of its own."""
         row = tuple(getattr(served, name) for name in _SERVED)
-        with self._write() as connection:
+        with self._writer.writing() as connection:
             connection.execute(_RECORD, row)
 
     def spent(self, key_id: int | None) -> float:
         """Dollars that a key (None: this machine, without a key) has spent so far."""
-        with self._read() as connection:
+        with self._reader.reading() as connection:
             # Rows are only ever appended, one writer at a time: what is new has a higher id than all that was summed.
             new = "SELECT key_id, total(dollars), max(id) FROM served WHERE id > ? GROUP BY key_id"
             for key, dollars, last in connection.execute(new, (self._summed,)).fetchall():
@@ -278,96 +247,10 @@ class Store:
             sum(prompt_tokens - cached_tokens), sum(completion_tokens), total(dollars)
             FROM served LEFT JOIN keys ON keys.id = served.key_id
             GROUP BY label, key ORDER BY min(started), min(served.id)"""
-        with self._read() as connection:
+        with self._reader.reading() as connection:
             return [ServedTotal(*row) for row in connection.execute(query).fetchall()]
 
-    # -------------------------------------------------------------------- the file
-
-    def _make_file(self) -> None:
-        """So that others on this machine cannot read it; SQLite gives its -wal and -shm files the same mode."""
-        try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        except OSError as error:
-            raise TaelError(f"{self.path}: {error.strerror}") from None
-
-    def _open(self) -> sqlite3.Connection:
-        uri = f"{self.path.absolute().as_uri()}?mode=rw"
-        with self._errors():
-            connection = sqlite3.connect(
-                uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-            return connection
-
-    def _prepare(self) -> None:
-        """Check the file; make the tables where it is empty."""
-        if not self._is_store():
-            self._into_wal()
-            with self._write() as connection:
-                if not self._is_store():  # asked again: another process may have been faster
-                    for statement in _SCHEMA:
-                        connection.execute(statement)
-        with self._read() as connection:
-            if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-                raise TaelError(f"{self.path}: {_ADVICE[sqlite3.SQLITE_CORRUPT]}")
-
-    def _is_store(self) -> bool:
-        """True: a file this version reads; False: an empty one. Anything else raises TaelError."""
-        with self._errors():
-            # In this order: another process may write all three at once in between.
-            tables = self._writer.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            application = self._writer.execute("PRAGMA application_id").fetchone()[0]
-            version = self._writer.execute("PRAGMA user_version").fetchone()[0]
-        if application == APPLICATION_ID and version == SCHEMA_VERSION:
-            return True
-        if application == APPLICATION_ID:
-            raise TaelError(
-                f"{self.path}: schema {version}, this Tael reads {SCHEMA_VERSION}; use the Tael that wrote it"
-            )
-        if application == 0 and tables == 0:
-            return False
-        raise TaelError(f"{self.path}: {_ADVICE[sqlite3.SQLITE_NOTADB]}")
-
-    def _into_wal(self) -> None:
-        """Switching reports "locked" at once while another process does the same, without the busy timeout."""
-        deadline = time.monotonic() + BUSY_SECONDS
-        with self._errors():
-            while True:
-                try:
-                    self._writer.execute("PRAGMA journal_mode = WAL")
-                    return
-                except sqlite3.OperationalError as error:
-                    if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.02)
-
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection]:
-        with self._reading, self._errors():
-            yield self._reader
-
-    @contextlib.contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: the block's changes are on the disk after it, or none is made."""
-        with self._writing, self._errors():
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-                self._writer.execute("COMMIT")
-            finally:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", None)
-            primary = code & 0xFF if isinstance(code, int) else sqlite3.SQLITE_ERROR
-            raise TaelError(f"{self.path}: {_ADVICE.get(primary, error)}") from None
+    # -------------------------------------------------------------------- helpers
 
     def _named(self, connection: sqlite3.Connection, name: str) -> Key:
         rows = connection.execute(f"SELECT {_KEY} FROM keys WHERE revoked IS NULL").fetchall()
@@ -389,7 +272,7 @@ class Store:
         try:
             return Key(number, name, shown, created, revoked, KeyLimits(*limits))
         except (TaelError, TypeError):
-            raise TaelError(f"{self.path}: {_ADVICE[sqlite3.SQLITE_CORRUPT]}") from None
+            raise self._reader.damaged() from None
 
 
 def _check_name(name: str) -> None:
