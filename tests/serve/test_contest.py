@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import pytest
 
@@ -15,6 +16,7 @@ from tael.serve.errors import ApiError
 from tael.serve.history import History, Vote, standings
 from tael.serve.pages.contest import Contest
 
+T = TypeVar("T")
 CALLER = Caller(7, "anna")
 SECRET = "a stack trace's words"
 
@@ -58,6 +60,12 @@ def body(model: str) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "Who are you?"}]}
 
 
+def in_a_loop(work: Coroutine[Any, Any, T]) -> T:
+    """In a thread of its own: after a test with a browser, this thread has a loop already."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
 async def ended(contest: Contest) -> None:
     async with asyncio.timeout(30):
         while contest.running:
@@ -80,7 +88,7 @@ def test_a_vote_keeps_what_was_seen(history):
         await contest.vote("right")
         assert not contest.votable
 
-    asyncio.run(run())
+    in_a_loop(run())
     (vote,) = history.votes("key:7")
     assert (vote.chosen_model, vote.rejected_model) == ("b", "a")
     assert (vote.chosen, vote.rejected, vote.tie, vote.note) == ("I am b", "I am a", False, "open, right")
@@ -100,7 +108,7 @@ def test_a_blind_pair_is_drawn_by_lot_and_hidden_until_the_vote(history):
         assert not contest.hidden
         return contest.sides[0].model
 
-    assert {asyncio.run(run(seed)) for seed in range(8)} == {"a", "b"}
+    assert {in_a_loop(run(seed)) for seed in range(8)} == {"a", "b"}
     assert all(vote.tie and vote.note == "blind, tie" for vote in history.votes("key:7"))
 
 
@@ -111,7 +119,7 @@ def test_of_two_clicks_one_counts(history):
         await ended(contest)
         return await asyncio.gather(contest.vote("left"), contest.vote("right"), return_exceptions=True)
 
-    first, second = asyncio.run(run())
+    first, second = in_a_loop(run())
     assert first is None and isinstance(second, TaelError) and len(history.votes("key:7")) == 1
 
 
@@ -131,7 +139,7 @@ def test_there_is_no_vote_without_two_whole_answers(history, other, error):
         with pytest.raises(TaelError, match="two whole answers"):
             await contest.vote("left")
 
-    asyncio.run(run())
+    in_a_loop(run())
     assert history.votes("key:7") == []
 
 
@@ -153,7 +161,7 @@ def test_stop_and_a_new_beginning_end_what_runs(history):
         assert [side.running.state for side in contest.sides] == ["stopped", "done"]
         assert not contest.votable and models.open == 0
 
-    asyncio.run(run())
+    in_a_loop(run())
 
 
 def test_a_vote_that_cannot_be_kept_may_be_given_again(history):
@@ -168,7 +176,7 @@ def test_a_vote_that_cannot_be_kept_may_be_given_again(history):
         contest.sides[0].messages[0].pop("x")
         await contest.vote("left")
 
-    asyncio.run(run())
+    in_a_loop(run())
     assert len(history.votes("key:7")) == 1
 
 
