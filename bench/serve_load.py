@@ -150,8 +150,8 @@ def overhead(server: Server, engine: Peer, rounds: int, seconds: float, expected
     slower, dearer = ratios(rates["server"], rates["engine alone"]), ratios(work["server"], work["engine alone"])
     notes = [
         f"{rounds} rounds of {seconds:.0f} s in turn. Tokens/s of the server over the engine's: "
-        f"{slower['median']:.3f} ({slower['low']:.3f} to {slower['high']:.3f}), the clients' own work on the same cores "
-        f"included. Processor time a token: {dearer['median']:.3f} ({dearer['low']:.3f} to {dearer['high']:.3f})."
+        f"{slower['median']:.3f} ({slower['low']:.3f} to {slower['high']:.3f}), the clients' own work on the same "
+        f"cores included. Processor time a token: {dearer['median']:.3f} ({dearer['low']:.3f} to {dearer['high']:.3f})."
     ]
     return {"columns": ["overhead", "tokens/s", "processor ms a token"], "rows": rows, "notes": notes}
 

@@ -115,7 +115,8 @@ MACHINE = re.compile(
             r"/opt/" + r"(?:wheels|pypi)",
             r"file:" + r"///",
             r"--(?:extra-)?" + r"index-url|--find-" + r"links|--trusted-" + r"host",
-            r"https?://(?!localhost:8000)[^\s\"')]*(?:/" + r"simple\b|artifactory|nexus|:\d{4,5}\b)",  # the usual port
+            # but for the assistant's usual address
+            r"https?://(?!localhost:8000)[^\s\"')]*(?:/" + r"simple\b|artifactory|nexus|:\d{4,5}\b)",
             r"https?://" + r"(?:10|127|192\.168|172\.\d+)\.\d+",
         )
     )

@@ -97,9 +97,9 @@ class Engine:
     ) -> Sequence:
         """A request joins the waiting; its tokens come out of `step`.
 
-        Sequences of different `salt` never share a prefix. `text`: events carry text (with a tokenizer). `begins` says
-        how the answer begins; None: the prompt's last token does. Raises TaelError, and changes nothing, for a prompt
-        or parameters that cannot be served.
+        Sequences of different `salt` never share a prefix. `text`: events carry text (with a tokenizer). `begins`
+        says how the answer begins; None: the prompt's last token does. Raises TaelError, and changes nothing, for a
+        prompt or parameters that cannot be served.
         """
         sequence = self._make(prompt, params, salt, text, begins)
         context = self.model.config.max_position_embeddings
