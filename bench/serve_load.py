@@ -130,6 +130,10 @@ def _note(expected: dict[str, str]) -> str:
     return f"{PROMPTS} prompts, {different} different answers, {holds} of which hold their prompt's code word."
 
 
+def quartiles(found: dict[str, float]) -> str:
+    return f"{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
 def overhead(server: Server, engine: Peer, rounds: int, seconds: float, expected: dict[str, str]) -> dict[str, Any]:
     rates: dict[str, list[float]] = {"engine alone": [], "server": []}
     work: dict[str, list[float]] = {"engine alone": [], "server": []}
@@ -149,9 +153,8 @@ def overhead(server: Server, engine: Peer, rounds: int, seconds: float, expected
     ]
     slower, dearer = ratios(rates["server"], rates["engine alone"]), ratios(work["server"], work["engine alone"])
     notes = [
-        f"{rounds} rounds of {seconds:.0f} s in turn. Tokens/s of the server over the engine's: "
-        f"{slower['median']:.3f} ({slower['low']:.3f} to {slower['high']:.3f}), the clients' own work on the same "
-        f"cores included. Processor time a token: {dearer['median']:.3f} ({dearer['low']:.3f} to {dearer['high']:.3f})."
+        f"{rounds} rounds of {seconds:.0f} s in turn. Tokens/s of the server over the engine's: {quartiles(slower)}, the "
+        f"clients' own work on the same cores included. Processor time a token: {quartiles(dearer)}."
     ]
     return {"columns": ["overhead", "tokens/s", "processor ms a token"], "rows": rows, "notes": notes}
 
