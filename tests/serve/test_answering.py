@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,6 +12,12 @@ from tael.serve.caller import LOCAL
 from tael.serve.errors import ApiError
 from tael.serve.history import History
 from tael.serve.pages.answering import WRITE_SECONDS, Answering
+
+
+def in_a_loop(work):
+    """In a thread of its own: after a test with a browser, this thread has a loop already."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 class Clock:
@@ -125,7 +132,7 @@ def test_an_answer_goes_from_waiting_to_done_and_is_kept(house):
         await ended(running)
         return running
 
-    running = asyncio.run(story())
+    running = in_a_loop(story())
     node = house.kept(running)
     assert (node.content, node.reasoning, node.state, node.model) == ("Yes sir.", "Hm. ", "done", "tiny")
     assert node.figures == {
@@ -160,7 +167,7 @@ def test_what_comes_is_written_some_times_a_second_and_no_oftener(house, monkeyp
         house.service.queue.put_nowait(None)
         await ended(running)
 
-    asyncio.run(story())
+    in_a_loop(story())
     assert len(writes) == 4 + 1  # and the last
     assert writes[-1]["content"] == "x" * 50
 
@@ -178,7 +185,7 @@ def test_ended_from_outside_it_keeps_its_text_and_stops_the_model(house, how):
         await ended(running)
         return running
 
-    running = asyncio.run(story())
+    running = in_a_loop(story())
     node = house.kept(running)
     assert (node.content, node.state) == ("Half", {"stop": "stopped", "close": "interrupted"}[how])
     assert node.figures["estimated"] and node.figures["completion_tokens"] == 1
@@ -192,7 +199,7 @@ def test_stopped_before_it_began_it_ends_too(house):
         await ended(running)
         return running
 
-    node = house.kept(asyncio.run(story()))
+    node = house.kept(in_a_loop(story()))
     assert (node.content, node.state, house.service.asked) == ("", "stopped", [])
 
 
@@ -212,7 +219,7 @@ def test_a_failure_is_a_line_and_keeps_the_text(house, failure, line):
         await ended(running)
         return running
 
-    node = house.kept(asyncio.run(story()))
+    node = house.kept(in_a_loop(story()))
     assert (node.content, node.state) == ("Half", "error") and line in node.error
 
 
@@ -229,7 +236,7 @@ def test_going_on_adds_to_the_same_answer_and_its_figures_add_up(house):
         await ended(again)
         return running, again
 
-    first, again = asyncio.run(story())
+    first, again = in_a_loop(story())
     node = house.kept(again)
     assert first.node == again.node
     assert (node.content, node.reasoning, node.state) == ("One two", "a", "done")
@@ -253,7 +260,7 @@ def test_parts_of_tool_calls_are_joined(house):
         await ended(running)
         return running
 
-    node = house.kept(asyncio.run(story()))
+    node = house.kept(in_a_loop(story()))
     assert node.tool_calls == [
         {"id": "c0", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}},
         {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}},
@@ -272,7 +279,7 @@ def test_followers_are_told_of_beginnings_and_ends(house):
         assert house.answering.changes(house.head.id) > begun and house.answering.of(house.head.id) == []
         assert house.answering.changes(house.head.id + 1) == 0
 
-    asyncio.run(story())
+    in_a_loop(story())
 
 
 def test_a_conversation_deleted_meanwhile_ends_the_answer_without_a_traceback(house, caplog):
@@ -284,5 +291,5 @@ def test_a_conversation_deleted_meanwhile_ends_the_answer_without_a_traceback(ho
         await ended(running)
         assert running.state == "error"
 
-    asyncio.run(story())
+    in_a_loop(story())
     assert caplog.records == []
