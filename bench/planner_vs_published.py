@@ -4,8 +4,8 @@
 
 One constant (tael.cost.timing.Constants.sustained) is fitted on the runs reported in hours, by the least mean
 |ln(predicted / reported)|. Leave-one-out: each run is predicted with the constant fitted on the others alone. The
-throughputs are never fitted on. `hidden` stays at its published order: these runs hardly tell it apart (the note under
-the table says what fitting both would give). The planner gets model, tokens, chips and batch, and finds the
+throughputs are never fitted on. `hidden` stays at its published order: these runs hardly tell it apart (a note
+under the table says what fitting both would give). The planner gets model, tokens, chips and batch, and finds the
 layout by itself. Also printed: V3's cost table, and DeepSeek's day of serving.
 """
 
@@ -110,7 +110,8 @@ def main() -> None:
     columns = ["run", "chips", "reported h", "predicted h", "left out", "fitted", "6ND of peak"]
     cells = [
         [
-            r["run"], r["chip"], f"{r['reported'] / 1e3:,.1f}K", f"{r['predicted'] / 1e3:,.1f}K", f"{r['error']:+.1%}",
+            r["run"], r["chip"], f"{r['reported'] / 1e3:,.1f}K", f"{r['predicted'] / 1e3:,.1f}K",
+            f"{r['error']:+.1%}",
             f"{r['in_sample']:+.1%}" if "in_sample" in r else "not used",
             f"{r['utilisation_at_6nd']:.0%}",
         ]
@@ -124,8 +125,8 @@ def main() -> None:
         f"over {len(rows)} runs: {median:.1%}; mean {statistics.fmean(absolute):.1%}; with the {len(others)} "
         f"throughputs, never fitted on: median {statistics.median(everything):.1%}.",
         f"With `hidden` fitted too: sustained {pair.sustained}, hidden {pair.hidden}; V3 {pair_v3:+.1%}, median "
-        f"leave-one-out error {statistics.median(pair_loo):.1%}, mean {statistics.fmean(pair_loo):.1%}: the data do not "
-        "ask for it.",
+        f"leave-one-out error {statistics.median(pair_loo):.1%}, mean {statistics.fmean(pair_loo):.1%}; "
+        "out of sample that is worse.",
         *(f"{r['run']} ({r['error']:+.0%}): {r['why']}." for r in [*rows, *others] if r["why"]),
         "A throughput's hours are those of a trillion tokens. Reports give neither layout nor chips to the planner "
         "beyond what the table says.",
@@ -145,8 +146,10 @@ def main() -> None:
                   f"${dollars / 1e6:.3f}M"])  # fmt: skip
     print_table("V3's cost table", ["stage", "reported h", "predicted h", "error", "reported", "predicted"], table)
     day = day_of_serving(constants=fitted)
-    serving = [[name, f"{reported:,.4g}", f"{value:,.4g}", f"{value / reported - 1:+.1%}"] for name, reported, value in
-               day.compared(DAY)]  # fmt: skip
+    serving = [
+        [name, f"{reported:,.5g}", f"{value:,.5g}", f"{value / reported - 1:+.1%}"]
+        for name, reported, value in day.compared(DAY)
+    ]
     print_table("DeepSeek's day of serving", ["figure", "reported", "predicted", "error"], serving)
     moves = [[name, f"{low:.1%}", f"{high:.1%}"] for name, low, high in sensitivities(constants=fitted)]
     print_table("Margin if an input is 20% lower, higher", ["input", "-20%", "+20%"], moves)

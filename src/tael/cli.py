@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import tael
-from tael import shell, using
+from tael import planning, shell, using
 from tael.errors import TaelError, did_you_mean
 from tael.failures import one_line
 from tael.interrupts import interruptible
@@ -47,8 +47,6 @@ app = typer.Typer(
     help="A complete, small DeepSeek-style language-model system: train, reason, check, with every step priced.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-LATER = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def _version(wanted: bool) -> None:
@@ -336,15 +334,7 @@ app.command()(using.bench)
 app.command("eval")(using.evaluate)
 app.command()(commands.serve)
 app.add_typer(keys.app, name="keys")
-
-
-# ----------------------------------------------------------------------- later
-
-
-@app.command(context_settings=LATER)
-def plan(context: typer.Context) -> None:
-    """Predict time and money before a run (comes later)."""
-    raise TaelError("plan is not there yet: the planner comes later; `tael costs` shows what runs did cost")
+app.command()(planning.plan)
 
 
 # --------------------------------------------------------------------- helpers

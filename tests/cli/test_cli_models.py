@@ -144,9 +144,7 @@ def test_models_and_pull(call, fails, run_folder):
     assert "unknown name 'chitcat'; did you mean 'chitchat'?" in fails("pull", "chitcat")
 
 
-@pytest.mark.parametrize(
-    "command", [("plan", "recipes/demo.toml", "--chip", "h200"), ("serve", "--port", "80"), ("serve",)]
-)
+@pytest.mark.parametrize("command", [("serve", "--port", "80"), ("serve",)])
 def test_what_is_not_there_yet_says_so(fails, command):
     assert "comes later" in fails(*command)
 

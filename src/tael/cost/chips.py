@@ -186,7 +186,7 @@ _TABLE = (
     ),
     _chip(
         "GB200", (1250, 2500, 5000, 10000), (186, 8.0), (900, 72, _IB400), 1200, 4.5,
-        "NVIDIA GB200 NVL72 data sheet", "2024-03", note="one of the two GPUs of a superchip; reached is not measured",
+        "NVIDIA GB200 NVL72 data sheet", "2024-03", note="one of a superchip's two GPUs; reached is not measured",
     ),
     _chip(
         "GB300", (1250, 2500, 5000, 15000), (279, 8.0), (900, 72, 100), 1400, 5.5,

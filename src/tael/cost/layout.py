@@ -39,7 +39,9 @@ class Layout:
         named = (("DP", self.data), ("TP", self.tensor), ("PP", self.pipeline), ("CP", self.context))
         parts = [f"{name} {size}" for name, size in (*named, ("EP", self.expert)) if size > 1]
         kind = "FSDP" if self.shard == 3 else f"ZeRO-{self.shard}"
-        return f"{' x '.join(parts) or 'one device'}, {kind}, micro-batch {self.micro_batch}, recompute {self.recompute}"
+        return (
+            f"{' x '.join(parts) or 'one device'}, {kind}, micro-batch {self.micro_batch}, recompute {self.recompute}"
+        )
 
 
 def check_layout(layout: Layout, shape: Shape, devices: int, sequences: float) -> None:
@@ -63,8 +65,8 @@ def check_layout(layout: Layout, shape: Shape, devices: int, sequences: float) -
         raise TaelError(f"layout: expert {layout.expert} is more than data x context {layout.data * layout.context}")
     if layout.data * layout.micro_batch > sequences:
         raise TaelError(
-            f"layout: {layout.data} data ranks of {layout.micro_batch} sequences are more than the {sequences:g} of a "
-            "batch; use fewer data ranks or a larger batch"
+            f"layout: {layout.data} data ranks of {layout.micro_batch} sequences are more than the {sequences:g} "
+            "of a batch; use fewer data ranks or a larger batch"
         )
 
 
@@ -90,9 +92,7 @@ def layouts(shape: Shape, chip: Chip, devices: int, sequences: float, sequence: 
                             continue  # gathering weights anew for every micro-batch of every stage never pays
                         for micro_batch in (1, 2, 4, 8, 16):
                             if data * micro_batch <= sequences:
-                                yield Layout(
-                                    data, tensor, pipeline, context, expert, shard, micro_batch=micro_batch
-                                )
+                                yield Layout(data, tensor, pipeline, context, expert, shard, micro_batch=micro_batch)
 
 
 def _expert_degrees(shape: Shape, ranks: int) -> list[int]:

@@ -73,7 +73,9 @@ class Serving:
             "occupancy": self.service.occupancy,
         }
         if per_hour is not None:
-            table["dollars_per_million_input"], table["dollars_per_million_output"] = self.dollars_per_million(per_hour)
+            table["dollars_per_million_input"], table["dollars_per_million_output"] = self.dollars_per_million(
+                per_hour
+            )
         return table
 
 
