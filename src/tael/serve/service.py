@@ -166,7 +166,10 @@ class Service:
         """Count, log and keep what was served; it is on the disk when this returns."""
         self.metrics.served(served, counts)
         self.journal.write(served, caller.name, said)
-        await asyncio.to_thread(self.store.record, served)
+        try:
+            await asyncio.to_thread(self.store.record, served)
+        except TaelError as error:  # who answers without writing down forgets budgets
+            raise ApiError(500, f"the answer could not be written down: {error}") from None
 
     def refused(self, endpoint: str, caller: Caller, error: ApiError) -> None:
         """Count and log what never reached the engine."""
