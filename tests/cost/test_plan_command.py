@@ -27,7 +27,7 @@ def plan(*arguments: str):
 
 
 def test_the_claim() -> None:
-    arguments = "deepseek-v3 --chip H800 --chips 2048 --tokens 14.8e12 --price 2 --json".split()
+    arguments = ["deepseek-v3", "--chip", "H800", "--chips", "2048", "--tokens", "14.8e12", "--price", "2", "--json"]
     table = json.loads(plan(*arguments).stdout)
     assert set(table) >= KEYS
     assert table["gpu_hours"] == pytest.approx(2.664e6, rel=0.1)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tael.cost.measure import matrix_peak
+from tael.cost.memory import eager_memory
+from tael.cost.shapes import shape_of
 from tael.data import Batch
 from tael.engine import Engine, SamplingParams
 from tael.errors import TaelError
@@ -34,6 +36,8 @@ DOCUMENT = 350
 """Tokens of a held-out document, of which evaluation reads eval_documents."""
 MODES = 3
 TIMED_STEPS = 3
+PROGRAM_BYTES = 0.5e9
+"""Python, torch and the packed text: the peak of the demo's preparation."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class StagePlan:
     tokens: int
     flops: float
     seconds: float
+    memory_bytes: float
+    """Peak of the process: what it holds already, and a training step."""
 
     def to_dict(self, per_hour: float, watts: float | None) -> dict[str, Any]:
         joules = None if watts is None else self.seconds * watts
@@ -77,7 +83,9 @@ def _plan_training(name: str, stage: TrainSettings, config: ModelConfig, rates: 
     else:
         one = MODES * rates.sampling(config, getattr(stage, "eval_problems", 0), PROMPT)
     seconds = stage.steps * step + evaluations * one
-    return StagePlan(name, kind, stage.steps, stage.steps * tokens, stage.steps * tokens * flops, seconds)
+    rows = stage.micro_batch_size or stage.batch_size
+    memory = _peak(config, rows, stage.sequence_length, stage.precision)
+    return StagePlan(name, kind, stage.steps, stage.steps * tokens, stage.steps * tokens * flops, seconds, memory)
 
 
 def _plan_rl(name: str, stage: RlSettings, config: ModelConfig, rates: _Rough | _Measured) -> StagePlan:
@@ -88,7 +96,13 @@ def _plan_rl(name: str, stage: RlSettings, config: ModelConfig, rates: _Rough | 
     evaluations = stage.steps // stage.eval_every * MODES * rates.sampling(config, stage.eval_problems, answer)
     tokens = stage.steps * rows * length
     flops = tokens * (config.flops_per_token(length / 2) + config.flops_per_token(length / 2, training=False))
-    return StagePlan(name, stage.kind, stage.steps, tokens, flops, stage.steps * step + evaluations)
+    memory = _peak(config, rows, length, stage.precision)
+    return StagePlan(name, stage.kind, stage.steps, tokens, flops, stage.steps * step + evaluations, memory)
+
+
+def _peak(config: ModelConfig, rows: int, length: int, precision: Literal["auto", "bf16", "fp32"]) -> float:
+    value_bytes = compute_dtype(precision, torch.device("cpu")).itemsize
+    return PROGRAM_BYTES + eager_memory(shape_of(config), rows, length, value_bytes)
 
 
 class _Rough:

@@ -150,12 +150,16 @@ def _cases(title: str, first: str, cases: Sequence[Case]) -> Table:
 def recipe_answer(name: str, stages: list[dict[str, Any]], per_hour: float, measured: bool) -> dict[str, Any]:
     """A recipe's plan: its stages and their sums."""
     sums = {key: sum(stage[key] for stage in stages) for key in ("tokens", "flops", "seconds", "dollars")}
-    return {"recipe": name, "measured_here": measured, "price_per_hour": per_hour, "stages": stages, **sums}
+    memory = max(stage["memory_bytes"] for stage in stages)
+    head = {"recipe": name, "measured_here": measured, "price_per_hour": per_hour, "stages": stages}
+    return {**head, **sums, "memory_bytes": memory}
 
 
 def recipe_table(answer: dict[str, Any]) -> Table:
     how = "steps timed here" if answer["measured_here"] else "rough: --measure-here times its steps"
-    table = _table(f"{answer['recipe']} on this machine ({how})", "Stage", "Steps", "Tokens", "FLOPs", "Time", "Cost")
+    table = _table(
+        f"{answer['recipe']} on this machine ({how})", "Stage", "Steps", "Tokens", "FLOPs", "Time", "Memory", "Cost"
+    )
     for stage in answer["stages"]:
         table.add_row(stage["name"], str(stage["steps"]), *_costs(stage))
     table.add_section()
@@ -165,7 +169,8 @@ def recipe_table(answer: dict[str, Any]) -> Table:
 
 def _costs(row: dict[str, Any]) -> tuple[str, ...]:
     time = units.duration(row["seconds"])
-    return units.count(row["tokens"]), units.flops(row["flops"]), time, units.money(row["dollars"])
+    memory = units.size(row["memory_bytes"])
+    return units.count(row["tokens"]), units.flops(row["flops"]), time, memory, units.money(row["dollars"])
 
 
 def _share(pairs: list[tuple[str, float]], row: int, whole: float) -> tuple[str, str]:
