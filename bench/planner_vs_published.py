@@ -90,6 +90,21 @@ def row(run: PublishedRun, predicted: float, constants: Constants) -> dict[str, 
     }
 
 
+def robustness(constants: Constants) -> list[str]:
+    """What the numbers of chips that stand in for unknown ones do to the errors."""
+
+    def median(factor: float, runs: list[PublishedRun]) -> float:
+        moved = [replace(r, devices=round(r.devices * factor)) if "chips" in r.assumed else r for r in runs]
+        return statistics.median(abs(r.predict(constants) / r.reported - 1) for r in moved)
+
+    stated = [run for run in RUNS if "chips" not in run.assumed]
+    return [
+        f"{len(RUNS) - len(stated)} reports do not say how many chips they used. Median error of the {len(stated)} "
+        f"that do: {median(1, stated):.1%}; of all, with the numbers that stand in halved "
+        f"{median(0.5, list(RUNS)):.1%}, doubled {median(2, list(RUNS)):.1%}."
+    ]
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     where = machine()
@@ -127,6 +142,7 @@ def main() -> None:
         f"With `hidden` fitted too: sustained {pair.sustained}, hidden {pair.hidden}; V3 {pair_v3:+.1%}, median "
         f"leave-one-out error {statistics.median(pair_loo):.1%}, mean {statistics.fmean(pair_loo):.1%}; "
         "out of sample that is worse.",
+        *robustness(fitted),
         *(f"{r['run']} ({r['error']:+.0%}): {r['why']}." for r in [*rows, *others] if r["why"]),
         "A throughput's hours are those of a trillion tokens. Reports give neither layout nor chips to the planner "
         "beyond what the table says.",

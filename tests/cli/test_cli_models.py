@@ -144,11 +144,6 @@ def test_models_and_pull(call, fails, run_folder):
     assert "unknown name 'chitcat'; did you mean 'chitchat'?" in fails("pull", "chitcat")
 
 
-@pytest.mark.parametrize("command", [("serve", "--port", "80"), ("serve",)])
-def test_what_is_not_there_yet_says_so(fails, command):
-    assert "comes later" in fails(*command)
-
-
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -57,6 +57,14 @@ def test_readers_get_their_speed() -> None:
     assert plan_serving(replace(V3, tokens_per_second=10.0)).batch > plan_serving(V3).batch
 
 
+def test_a_dense_model_shares_its_readers() -> None:
+    dense = Service(find_model("llama-3.1-8b").shape, find_chip("H100"), 8, precision="bf16")
+    plan, mixed = plan_serving(dense), plan_serving(V3)
+    assert plan.readers == plan.batch and mixed.readers == 144 * mixed.batch
+    for each in (plan, mixed):
+        assert each.decode_rate * each.service.devices == pytest.approx(each.readers / each.step_seconds)
+
+
 def test_cost_is_price_over_rate() -> None:
     plan = plan_serving(replace(V3, occupancy=1.0))
     cost_in, cost_out = plan.dollars_per_million(2.0, hit_rate=0.5)

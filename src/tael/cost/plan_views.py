@@ -109,7 +109,7 @@ def _serving(answer: dict[str, Any]) -> Any:
     if serving is None:
         return Text(f"Serving: {answer['serving_note']}\n")
     rows = [
-        ("unit", f"{serving['devices']} chips, {serving['batch_per_device']} readers a chip, "
+        ("unit", f"{serving['devices']} chips, {serving['readers']:,} readers, "
                  f"limited by {serving['limited_by']}"),
         ("output", f"{serving['decode_tokens_per_second_per_device']:,.0f} tokens/s a chip, "
                    f"{1 / serving['seconds_per_token']:.1f} a reader"),

@@ -2,7 +2,7 @@
 
 `checked` says how a figure was checked here: "read" in the source or in a copy of it, "quoted" by pages that quote
 it, "noted" in this project's notes only. Where a source does not say how many chips were used, `assumed` says what
-stands in; hours hardly depend on it. Nothing in this table is a result of the planner.
+stands in; the benchmark says how far that moves the errors. Nothing in this table is a result of the planner.
 """
 
 from __future__ import annotations

@@ -47,6 +47,9 @@ class Serving:
 
     service: Service
     batch: int
+    """Sequences of one device; of all together where a dense model is tensor parallel."""
+    readers: int
+    """Sequences of the whole unit."""
     step_seconds: float
     decode_rate: float
     prefill_rate: float
@@ -63,7 +66,7 @@ class Serving:
         table: dict[str, Any] = {
             "devices": self.service.devices,
             "context": self.service.context,
-            "batch_per_device": self.batch,
+            "readers": self.readers,
             "seconds_per_token": self.step_seconds / (1 + self.service.drafted),
             "decode_tokens_per_second_per_device": self.decode_rate,
             "prefill_tokens_per_second_per_device": self.prefill_rate,
@@ -174,6 +177,7 @@ def plan_serving(service: Service, constants: Constants | None = None) -> Servin
     return Serving(
         service=service,
         batch=low,
+        readers=low * service.devices // model.tensor,
         step_seconds=seconds,
         decode_rate=low * (1 + service.drafted) / seconds / model.tensor,
         prefill_rate=1.0 / model.prefill_seconds(),
