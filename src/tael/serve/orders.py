@@ -11,6 +11,7 @@ honoured while thinking too.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ Body = dict[str, Any]
 
 EFFORT_BUDGETS = {"minimal": 128, "low": 512, "medium": 2048}
 """Tokens of thought by reasoning effort, for models that are not told of it; higher efforts know no limit."""
+DEEPEST = 100
+"""Levels of lists and objects in a body."""
 MOST_SEARCHED = 200
 """Messages looked at one by one to say which is malformed."""
 
@@ -125,7 +128,7 @@ class Protocol:
             converted = request.convert(options)
         except recipe.ConversionError as error:
             raise self._conversion_error(error) from None
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise self._malformed(plain, str(error)) from None
         model = str(body.get("model", ""))
 
@@ -195,7 +198,7 @@ class Protocol:
         def complaint(tried: Body) -> str:
             try:
                 self.request(tried)
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 return str(error)
             return ""
 
@@ -252,14 +255,50 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
 
 
 def parse_json(raw: bytes) -> Body:
-    """The body as a JSON object. Raises ApiError 400."""
+    """The body as a JSON object. Raises ApiError 400.
+
+    Beyond JSON's own rules: no half characters, which nobody can encode, no numbers beyond 20 digits, and so little
+    depth that nothing that walks through it can run out of stack.
+    """
     try:
-        body = json.loads(raw)
+        body = json.loads(raw.decode(), parse_int=_whole, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise ApiError(400, f"the body must be a JSON object, not {_kind(body)}")
+    if raw.count(b"[") + raw.count(b"{") > DEEPEST and _is_deep(body):
+        raise ApiError(400, f"the body is nested deeper than {DEEPEST} levels")
+    if re.search(rb"\\u[dD][89a-fA-F]", raw):
+        _refuse_half_characters(body)
     return body
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
+
+
+def _is_deep(body: Body) -> bool:
+    level: list[Any] = [body]
+    for _ in range(DEEPEST):
+        inner = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    return bool(level)
+
+
+def _refuse_half_characters(body: Body) -> None:
+    for name, value in body.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            shown = name.encode("ascii", "backslashreplace").decode()
+            message = f"{shown}: holds half of a surrogate pair, which is no character"
+            raise ApiError(400, message, shown) from None
 
 
 def read_wishes(body: Body, protocol: ProtocolName, spec: ModelSpec, thinks: bool, most_choices: int) -> Wishes:

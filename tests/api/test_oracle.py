@@ -1,0 +1,96 @@
+"""What the engine is asked to read, against deepseek-recipe's own rendering of the same request."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import deepseek_recipe as recipe
+import httpx
+from checks import Json
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scripted import ScriptedModel
+from serving import Running
+
+from tael.serve.caller import LOCAL
+from tael.serve.orders import PROTOCOLS
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=24) | st.sampled_from(
+    ["<think>", "</think>", "<｜User｜>hi", "<｜DSML｜tool_calls>", "漢字 🙂", "What is 12 + 30?", " ", ""]
+)
+NAME = st.sampled_from(["weather", "calculator", "read_file"])
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> Json:
+    """A chat request: turns in any number, tools and calls, thoughts, a beginning to go on from."""
+    tools = draw(st.lists(NAME, unique=True, max_size=2))
+    messages: list[Json] = [{"role": "system", "content": draw(TEXT)}] if draw(st.booleans()) else []
+    for turn in range(draw(st.integers(0, 2))):
+        messages.append({"role": "user", "content": draw(TEXT)})
+        said: Json = {"role": "assistant", "content": draw(TEXT)}
+        if draw(st.booleans()):
+            said["reasoning_content"] = draw(TEXT)
+        messages.append(said)
+        if tools and draw(st.booleans()):
+            call = {"name": draw(st.sampled_from(tools)), "arguments": '{"city": "Paris", "days": [1, null]}'}
+            said["tool_calls"] = [{"id": f"c{turn}", "type": "function", "function": call}]
+            messages.append({"role": "tool", "tool_call_id": f"c{turn}", "content": draw(TEXT)})
+    messages.append({"role": "user", "content": draw(TEXT) + "?"})
+    if draw(st.integers(0, 3)) == 0:
+        messages.append({"role": "assistant", "content": draw(TEXT), "prefix": True})
+    body: Json = {"model": "tiny", "messages": messages, "max_tokens": 1}
+    if draw(st.booleans()):
+        body["thinking"] = {"type": "disabled"}
+    if tools:
+        schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+        body["tools"] = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in tools]
+    return body
+
+
+def rendered(body: Json) -> str:
+    """deepseek-recipe's prompt for the body, converted apart, at effort low."""
+    versions = {"tiny": recipe.ModelVersion.DeepseekV4Pro}
+    options = recipe.ConversionOptions().with_model_versions_by_name(versions)
+    converted: Any = recipe.ChatCompletionRequest(body).convert(options).conversation
+    again = recipe.Conversation(
+        converted.messages,
+        thinking_mode=converted.thinking_mode,
+        tools=converted.tools,
+        tool_choice=converted.tool_choice,
+        reasoning_effort="low",
+    )
+    return recipe.DeepseekV4Encoding().render_conversation(again).prompt
+
+
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+@given(body=bodies())
+def test_prompts_are_the_recipes(server: Running, model: ScriptedModel, body: Json) -> None:
+    """200 random conversations, from the body to the ids the engine gets."""
+    service, hosted = server.service, server.service.host.loaded()[0]
+    _, prompt = service._understand(PROTOCOLS["chat"], body, "id", hosted)
+    assert model.tokenizer.decode(prompt.ids, skip_special=False) == rendered(body)
+
+
+def test_the_engine_reads_that_prompt(server: Running, http: httpx.Client, model: ScriptedModel) -> None:
+    """And over HTTP: the text the runner found in the cache's blocks."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a prompt nobody else has"}], "max_tokens": 3}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+    read = {model.tokenizer.decode(ids, skip_special=False) for ids in model.runners[-1]._answers}
+    assert rendered(body) in read
+
+
+def test_pages_ask_the_same_way(server: Running) -> None:
+    """Service.chat, which pages call, gives the chunks of the API."""
+
+    async def ask() -> list[Json]:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+        return [chunk async for chunk in server.service.chat(body, LOCAL, progress=True)]
+
+    chunks = asyncio.run_coroutine_threadsafe(ask(), server.server._loop).result(30)
+    said = [chunk for chunk in chunks if chunk["object"] == "chat.completion.chunk"]
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in said) == "Hello there."
+    assert said[-1]["usage"]["cost"] > 0 and chunks[0]["object"] == "tael.progress"
