@@ -9,21 +9,23 @@ from typing import Any
 from peers import serve
 
 from tael.data import Message, encode_chat
-from tael.engine import SamplingParams
+from tael.engine import Engine, SamplingParams
 from tael.loading import Loaded, load
 
-_held: list[Loaded] = []
+_held: list[tuple[Loaded, Engine]] = []
 
 
 def setup(model: str) -> dict[str, Any]:
-    _held.append(load(model))
-    return {"model": _held[0].greeting}
+    """The engine stays from round to round, as the server's does, its prefix cache with it."""
+    loaded = load(model)
+    _held.append((loaded, loaded.engine(8192, 4)))
+    return {"model": loaded.greeting}
 
 
 def questions(prompts: list[str], tokens: int, clients: int, seconds: float) -> dict[str, Any]:
     """`clients` sequences at any time; when one ends, the next begins."""
-    loaded = _held[0]
-    engine, tokenizer = loaded.engine(8192, 4), loaded.tokenizer
+    loaded, engine = _held[0]
+    tokenizer = loaded.tokenizer
     ids = [encode_chat(tokenizer, [Message("user", prompt)], "direct") for prompt in prompts]
     params = SamplingParams(tokens, 0.0, stop_ids=tokenizer.stop_ids, loop_guard=True)
     chance, generated, running = random.Random(0), 0, 0

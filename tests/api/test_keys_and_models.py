@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ LONG = "Please say hello, and be so kind to say it politely. " * 4
 def many(tmp_path: Path) -> Iterator[Running]:
     """Three models, of which two fit the memory."""
     models = {name: scripted_model(script, context=1024) for name in ("a", "b", "c")}
-    specs = [ModelSpec(name=name, model=name, preload=False, aliases=(f"{name}-also",)) for name in models]
+    how = {"context": 256, "sequences": 1, "preload": False}  # a cache whose size does not depend on the limit
+    specs = [ModelSpec(name=name, model=name, aliases=(f"{name}-also",), **how) for name in models]
     size = 0
     with running(tmp_path / "sized", specs[:1], loader(models)) as one:
         with httpx.Client(base_url=one.url, timeout=30) as http:
@@ -210,7 +212,8 @@ def counter(http: httpx.Client, name: str) -> float:
 def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "tael", "serve", *arguments, "--state", str(tmp_path / "state")]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        environment = os.environ | {"TAEL_CACHE": str(tmp_path / "cache")}  # nothing was pulled
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, env=environment)
 
     for arguments, words in (
         (("x=nothing", "--host", "0.0.0.0", "--port", "0"), "tael keys add"),
