@@ -159,7 +159,7 @@ class Sidebar:
     async def _import(self, event: Any) -> None:
         try:
             trees = await run.io_bound(read_export, await event.file.read())
-            heads = await run.io_bound(self._history.insert, self._owner, trees or [])
+            heads = await run.io_bound(self._history.insert, self._owner, trees or []) or []
         except TaelError as error:
             ui.notify(f"{event.file.name}: {error}", type="negative", timeout=8000)
             return
