@@ -66,6 +66,10 @@ class Server:
         times = self.ps.cpu_times()
         return times.user + times.system
 
+    def loop_cpu(self) -> float:
+        """Of the event loop's thread: HTTP, templates, parsing."""
+        return next(t.user_time + t.system_time for t in self.ps.threads() if t.id == self.process.pid)
+
     def gauge(self, name: str) -> float:
         text = urllib.request.urlopen(f"http://localhost:{PORT}/metrics").read().decode()
         return float(next(line for line in text.splitlines() if line.startswith(name)).rsplit(" ", 1)[1])
@@ -137,16 +141,18 @@ def quartiles(found: dict[str, float]) -> str:
 def overhead(server: Server, engine: Peer, rounds: int, seconds: float, expected: dict[str, str]) -> dict[str, Any]:
     rates: dict[str, list[float]] = {"engine alone": [], "server": []}
     work: dict[str, list[float]] = {"engine alone": [], "server": []}
+    shares: list[float] = []
     for number in range(-1, rounds):
         alone = engine.do("questions", prompts=prompts(), tokens=TOKENS, clients=CLIENTS, seconds=seconds)
-        cpu = server.cpu()
+        cpu, loop = server.cpu(), server.loop_cpu()
         tally = asyncio.run(load(PORT, prompts(), TOKENS, CLIENTS, seconds, 0.0, expected))
-        cpu = server.cpu() - cpu
+        cpu, loop = server.cpu() - cpu, server.loop_cpu() - loop
         if number >= 0:
             rates["engine alone"].append(alone["tokens"] / alone["seconds"])
             work["engine alone"].append(1e3 * alone["cpu"] / alone["tokens"])
             rates["server"].append(tally.tokens / tally.seconds)
             work["server"].append(1e3 * cpu / tally.tokens)
+            shares.append(loop / cpu)
     rows = [
         [name, *(f"{spread(values[name])['median']:.{places}f}" for values, places in ((rates, 0), (work, 2)))]
         for name in rates
@@ -154,7 +160,8 @@ def overhead(server: Server, engine: Peer, rounds: int, seconds: float, expected
     slower, dearer = ratios(rates["server"], rates["engine alone"]), ratios(work["server"], work["engine alone"])
     notes = [
         f"{rounds} rounds of {seconds:.0f} s in turn. Tokens/s of the server over the engine's: {quartiles(slower)}, "
-        f"the clients' own work on the same cores included. Processor time a token: {quartiles(dearer)}."
+        f"the clients' own work on the same cores included. Processor time a token: {quartiles(dearer)}. Of the server's "
+        f"processor time the event loop's thread takes {quartiles(spread(shares))}."
     ]
     return {"columns": ["overhead", "tokens/s", "processor ms a token"], "rows": rows, "notes": notes}
 
