@@ -160,8 +160,8 @@ def overhead(server: Server, engine: Peer, rounds: int, seconds: float, expected
     slower, dearer = ratios(rates["server"], rates["engine alone"]), ratios(work["server"], work["engine alone"])
     notes = [
         f"{rounds} rounds of {seconds:.0f} s in turn. Tokens/s of the server over the engine's: {quartiles(slower)}, "
-        f"the clients' own work on the same cores included. Processor time a token: {quartiles(dearer)}. Of the server's "
-        f"processor time the event loop's thread takes {quartiles(spread(shares))}."
+        f"the clients' own work on the same cores included. Processor time a token: {quartiles(dearer)}. Of the "
+        f"server's processor time the event loop's thread takes {quartiles(spread(shares))}."
     ]
     return {"columns": ["overhead", "tokens/s", "processor ms a token"], "rows": rows, "notes": notes}
 
