@@ -23,7 +23,7 @@ from tael.errors import TaelError, did_you_mean
 from tael.loading import Loaded, load
 from tael.model import Transformer
 from tael.serve.errors import ApiError
-from tael.serve.formats import ChatFormat, choose_format
+from tael.serve.formats import ChatFormat, NoFormat, choose_format
 from tael.serve.prices import Price
 from tael.serve.settings import ModelSpec, ServeSettings
 from tael.serve.worker import EngineWorker
@@ -158,7 +158,7 @@ class ModelHost:
             spec,
             engine,
             loaded.tokenizer,
-            choose_format(loaded.tokenizer, spec.effort_in_prompt),
+            _format(loaded.tokenizer, spec.effort_in_prompt),
             context,
             taken + packed,
         )
@@ -221,6 +221,14 @@ class ModelHost:
             len(scheduler.running) if scheduler else 0,
             len(scheduler.waiting) if scheduler else 0,
         )
+
+
+def _format(tokenizer: Tokenizer, effort_in_prompt: bool) -> ChatFormat:
+    """How to converse with the model; a base model, which has no way to, still completes text."""
+    try:
+        return choose_format(tokenizer, effort_in_prompt)
+    except TaelError as error:
+        return NoFormat(str(error))
 
 
 def _load(spec: ModelSpec, notify: Callable[[str], None]) -> Loaded:

@@ -3,9 +3,20 @@
 from tael.data import Tokenizer, speaks_deepseek
 from tael.serve.formats.base import ChatFormat, Prompt, Starts, Translator, Way
 from tael.serve.formats.deepseek import DeepSeekFormat
+from tael.serve.formats.none import NoFormat
 from tael.serve.formats.template import TemplateFormat
 
-__all__ = ["ChatFormat", "DeepSeekFormat", "Prompt", "Starts", "TemplateFormat", "Translator", "Way", "choose_format"]
+__all__ = [
+    "ChatFormat",
+    "DeepSeekFormat",
+    "NoFormat",
+    "Prompt",
+    "Starts",
+    "TemplateFormat",
+    "Translator",
+    "Way",
+    "choose_format",
+]
 
 
 def choose_format(tokenizer: Tokenizer, effort_in_prompt: bool = False) -> ChatFormat:
