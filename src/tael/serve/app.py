@@ -23,9 +23,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import tael
 from tael.errors import TaelError
 from tael.serve import schemas
+from tael.serve.bodies import field, parse_json
 from tael.serve.errors import ApiError
 from tael.serve.models import ModelCard
-from tael.serve.orders import field, parse_json
 from tael.serve.routes import add_protocols, caller_of, dialect_of, read_body
 from tael.serve.service import Service
 from tael.serve.streaming import ClientGoneError

@@ -14,11 +14,11 @@ from typing import Any
 from tael.engine import SamplingParams, TokenEvent
 from tael.errors import TaelError
 from tael.serve.answer import Counts
+from tael.serve.bodies import Body, field, read_bias
 from tael.serve.caller import Caller
 from tael.serve.errors import ApiError
 from tael.serve.exchange import Figures, Meter, Race
 from tael.serve.models import Hosted
-from tael.serve.orders import Body, field, read_bias
 from tael.serve.service import Service, model_name, refusal
 from tael.serve.visit import Opening, Visit
 

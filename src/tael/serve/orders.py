@@ -11,7 +11,6 @@ honoured while thinking too.
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,16 +19,17 @@ from typing import Any, Literal
 import deepseek_recipe as recipe
 
 from tael.data import Mode
+from tael.serve import asked_schemas
+from tael.serve.bodies import Body, field, kind_of, read_bias
 from tael.serve.errors import ApiError, Dialect
 from tael.serve.settings import ModelSpec
 
 ProtocolName = Literal["chat", "messages", "responses"]
-Body = dict[str, Any]
 
 EFFORT_BUDGETS = {"minimal": 128, "low": 512, "medium": 2048}
 """Tokens of thought by reasoning effort, for models that are not told of it; higher efforts know no limit."""
-DEEPEST = 100
-"""Levels of lists and objects in a body."""
+LONGEST_COMPLAINT = 400
+"""Characters; the library quotes what it does not know, whatever its length."""
 MOST_SEARCHED = 200
 """Messages looked at one by one to say which is malformed."""
 
@@ -52,6 +52,8 @@ class Wishes:
     parallel_tools: bool = True
     must_call: bool = False
     """Any of the tools; Anthropic's "any", which deepseek-recipe takes for "auto"."""
+    schema: dict[str, Any] | None = None
+    """What a Messages answer has to follow, of which deepseek-recipe knows nothing."""
     loop_guard: bool = True
 
 
@@ -67,6 +69,7 @@ class Order:
     wishes: Wishes
     generator: Callable[[], Any]
     """Makes a chunk generator, one a choice."""
+    body: Body
 
     @property
     def stream(self) -> bool:
@@ -79,13 +82,41 @@ class Order:
     @property
     def conversation(self) -> recipe.Conversation:
         """What was said, and what may be called."""
-        said = self.request.conversation
-        if not self.must_call:
+        said, schema = self.request.conversation, self.wishes.schema
+        if not self.must_call and schema is None:
             return said
-        thinks, effort = said.thinking_mode, said.reasoning_effort
+        form: dict[str, Any] = {} if schema is None else {"response_schema": schema}
         return recipe.Conversation(
-            said.messages, thinking_mode=thinks, tools=said.tools, tool_choice="required", reasoning_effort=effort
+            said.messages,
+            thinking_mode=said.thinking_mode,
+            tools=said.tools,
+            tool_choice="required" if self.must_call else said.tool_choice,
+            reasoning_effort=said.reasoning_effort,
+            **form,
         )
+
+    @property
+    def schema(self) -> Any:
+        """What the answer is to follow: a schema, {} for any JSON; None: nothing."""
+        found = self.request.inference_options.output_constraint
+        if found is None or found.kind != "json":
+            return self.wishes.schema
+        kept = json.loads(found.schema) if found.schema else {}
+        return asked_schemas.restored(kept, asked_schemas.of_answer(self.body))
+
+    @property
+    def tools(self) -> list[recipe.ToolDefinition]:
+        """What may be called, with all that the client said of the arguments."""
+        given, tools = asked_schemas.of_tools(self.body), self.request.conversation.tools
+        return [
+            recipe.ToolDefinition(
+                tool.name,
+                tool.description,
+                asked_schemas.restored(tool.parameters, given.get(tool.name)),
+                tool.strict,
+            )
+            for tool in tools
+        ]
 
     @property
     def constrains(self) -> str:
@@ -136,7 +167,7 @@ class Protocol:
             made = self.request.chunk_generator(converted, id, model)
             return made if extras is None else made.with_echo(extras[0]).with_namespace_tool_map(extras[1])
 
-        return Order(self, id, model, converted, wishes, generator)
+        return Order(self, id, model, converted, wishes, generator, body)
 
     def _plain(self, body: Body, thinks: bool) -> Body:
         """The body as deepseek-recipe takes it."""
@@ -189,6 +220,7 @@ class Protocol:
     def _malformed(self, body: Body, message: str) -> ApiError:
         """The library's words on a malformed body, with the field that is to blame in front."""
         text = message.removeprefix("invalid request body: ").removeprefix("invalid JSON request: ")
+        text = text if len(text) <= LONGEST_COMPLAINT else f"{text[:LONGEST_COMPLAINT]}…"
         field = self._guilty(body, message)
         return ApiError(422, f"{field}: {text}" if field and f"`{field}`" not in text else text, field)
 
@@ -254,53 +286,6 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
 }
 
 
-def parse_json(raw: bytes) -> Body:
-    """The body as a JSON object. Raises ApiError 400.
-
-    Beyond JSON's own rules: no half characters, which nobody can encode, no numbers beyond 20 digits, and so little
-    depth that nothing that walks through it can run out of stack.
-    """
-    try:
-        body = json.loads(raw.decode(), parse_int=_whole, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, f"the body must be a JSON object, not {_kind(body)}")
-    if raw.count(b"[") + raw.count(b"{") > DEEPEST and _is_deep(body):
-        raise ApiError(400, f"the body is nested deeper than {DEEPEST} levels")
-    if re.search(rb"\\u[dD][89a-fA-F]", raw):
-        _refuse_half_characters(body)
-    return body
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError(f"a number has {len(digits)} digits")
-    return int(digits)
-
-
-def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number")
-
-
-def _is_deep(body: Body) -> bool:
-    level: list[Any] = [body]
-    for _ in range(DEEPEST):
-        inner = [each.values() if isinstance(each, dict) else each for each in level]
-        level = [value for values in inner for value in values if isinstance(value, dict | list)]
-    return bool(level)
-
-
-def _refuse_half_characters(body: Body) -> None:
-    for name, value in body.items():
-        try:
-            json.dumps({name: value}, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            shown = name.encode("ascii", "backslashreplace").decode()
-            message = f"{shown}: holds half of a surrogate pair, which is no character"
-            raise ApiError(400, message, shown) from None
-
-
 def read_wishes(body: Body, protocol: ProtocolName, spec: ModelSpec, thinks: bool, most_choices: int) -> Wishes:
     """The fields that deepseek-recipe leaves out. Raises ApiError 422 for a wrong type, 400 for a wrong value."""
     choices = field(body, "n", int, 1) if protocol == "chat" else 1
@@ -320,29 +305,9 @@ def read_wishes(body: Body, protocol: ProtocolName, spec: ModelSpec, thinks: boo
         thinking_budget=_budget(body, spec) if thinks else None,
         parallel_tools=_parallel(body, protocol),
         must_call=protocol == "messages" and _choice(body) == "any",
+        schema=asked_schemas.of_message(body) if protocol == "messages" else None,
         loop_guard=field(body, "loop_guard", bool, True),
     )
-
-
-def field(body: Body, name: str, kind: type, default: Any = None) -> Any:
-    """`body[name]` if it is of `kind`; a whole number will do for float, null and absence are the default."""
-    value = body.get(name)
-    if value is None:
-        return default
-    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "an object"}
-        raise ApiError(422, f"{name}: must be {words.get(kind, kind.__name__)}, not {_kind(value)}", name)
-    return value
-
-
-def read_bias(body: Body) -> tuple[tuple[int, float], ...]:
-    """logit_bias: token ids (as text, since JSON's keys are) to numbers."""
-    bias = field(body, "logit_bias", dict, {})
-    try:
-        return tuple((int(token), float(value)) for token, value in bias.items())
-    except (TypeError, ValueError):
-        raise ApiError(422, "logit_bias: must map token ids to numbers", "logit_bias") from None
 
 
 def _choice(body: Body) -> Any:
@@ -380,7 +345,7 @@ def _budget(body: Body, spec: ModelSpec) -> int | None:
         budget = thinking["budget_tokens"]
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
             name = "thinking.budget_tokens"
-            raise ApiError(422, f"{name}: must be a whole number of 0 or more, not {_kind(budget)}", name)
+            raise ApiError(422, f"{name}: must be a whole number of 0 or more, not {kind_of(budget)}", name)
         return budget
     if spec.effort_in_prompt:
         return None
@@ -406,8 +371,3 @@ def _images(items: Any, name: str) -> Iterator[str]:
             if item.get("type") in ("image", "image_url", "input_image"):
                 yield here
             yield from _images(item.get("content"), f"{here}.content")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"{value!r:.40}")

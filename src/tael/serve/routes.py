@@ -15,11 +15,12 @@ from starlette.responses import JSONResponse, Response
 
 from tael.serve import schemas
 from tael.serve.answer import Chunk
+from tael.serve.bodies import Body, parse_json
 from tael.serve.caller import Caller
 from tael.serve.completions import TextExchange, completion
 from tael.serve.errors import ApiError, Dialect
 from tael.serve.exchange import Exchange
-from tael.serve.orders import PROTOCOLS, Body, ProtocolName, parse_json
+from tael.serve.orders import PROTOCOLS, ProtocolName
 from tael.serve.service import Service
 from tael.serve.streaming import KEEP_ALIVE, EventStream, event, unless_gone
 

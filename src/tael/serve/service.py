@@ -21,6 +21,7 @@ from tael.engine import SamplingParams
 from tael.engine.constrain import Constraint
 from tael.errors import TaelError
 from tael.serve.answer import Counts
+from tael.serve.bodies import Body, field
 from tael.serve.caller import LOCAL, Caller
 from tael.serve.errors import ApiError
 from tael.serve.exchange import Exchange
@@ -29,7 +30,7 @@ from tael.serve.journal import Journal
 from tael.serve.limits import Gate, KeyLimits
 from tael.serve.metrics import Metrics
 from tael.serve.models import Hosted, Loader, ModelCard, ModelHost
-from tael.serve.orders import PROTOCOLS, Body, Order, Protocol, field
+from tael.serve.orders import PROTOCOLS, Order, Protocol
 from tael.serve.settings import ServeSettings
 from tael.serve.store import Key, Served, Store
 from tael.serve.visit import Opening, Visit
@@ -275,14 +276,14 @@ def _given(*values: float | None) -> float:
 
 def _constraint(order: Order, hosted: Hosted) -> Constraint | None:
     """What the answer has to look like, from what the request asks for."""
-    found = order.request.inference_options.output_constraint
+    schema, found = order.schema, order.request.inference_options.output_constraint
+    if schema is not None:
+        return Constraint.json_schema(schema) if schema else Constraint.json_object()
     if found is None:
         return None
-    if found.kind == "json":
-        return Constraint.json_schema(found.schema) if found.schema else Constraint.json_object()
     if found.kind == "regex":
         return Constraint.regex(found.schema)
-    tools = order.request.conversation.tools
+    tools = order.tools
     required = order.must_call or found.kind == "tool_call_required"
     if required or any(tool.strict for tool in tools):
         named = {each["function"]["name"] for each in json.loads(found.schema)}
