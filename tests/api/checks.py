@@ -82,6 +82,12 @@ def open_stream(running: Running, path: str, body: Json, **headers: str) -> Iter
         yield response
 
 
+def read_last(running: Running) -> list[int]:
+    """The prompt that the (scripted, only) model was last given."""
+    runner: Any = running.service.host.loaded()[0].engine.pool.runner
+    return runner.prompts[-1]
+
+
 def check_all_free(running: Running) -> None:
     """Wait until nobody is in the house; then every block of every cache must be free, and the books in order."""
     until(lambda: not running.service.visits and not running.service.worker.running, "somebody never left")

@@ -96,13 +96,15 @@ class ScriptedRunner:
             text = self._script(self._tokenizer.decode(prompt, skip_special=False))
             self._answers[prompt] = self._tokenizer.encode_with_special(text)
         answer, place = self._answers[prompt], len(tokens) - length
+        if place == 0:
+            self._answers[prompt] = self._answers.pop(prompt)
         end = self._tokenizer.eos_id
         assert end is not None
         return answer[place] if place < len(answer) else end
 
     @property
     def prompts(self) -> list[list[int]]:
-        """What was answered, in the order it first came."""
+        """What was answered, in the order it last came."""
         return [list(prompt) for prompt in self._answers]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from checks import events
-from scripted import ScriptedModel
+from checks import events, read_last
 from serving import Running
 
 from tael.data import Tokenizer
@@ -21,13 +20,13 @@ def test_text_goes_on(client: openai.OpenAI) -> None:
     assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
 
 
-def test_fill_in_the_middle(server: Running, http: httpx.Client, model: ScriptedModel, tokenizer: Tokenizer) -> None:
+def test_fill_in_the_middle(server: Running, tokenizer: Tokenizer) -> None:
     with openai.OpenAI(base_url=f"{server.url}/beta", api_key="none", max_retries=0) as beta:
         answer = beta.completions.create(model="tiny", prompt="def add(fim):\n    return ", suffix="\n\nadd(1, 2)")
     assert answer.choices[0].text == "first + second"
     before, after = (tokenizer.encode(text) for text in ("def add(fim):\n    return ", "\n\nadd(1, 2)"))
     ids = [tokenizer.fim_begin_id, *before, tokenizer.fim_hole_id, *after]
-    assert model.runners[0].prompts[-1] == [*tokenizer.start_ids, *ids, tokenizer.fim_end_id]
+    assert read_last(server) == [*tokenizer.start_ids, *ids, tokenizer.fim_end_id]
 
 
 def test_a_stream(client: openai.OpenAI) -> None:
@@ -73,17 +72,15 @@ def test_logprobs(client: openai.OpenAI, echo: bool) -> None:
     assert all(len(top) == 2 for top in found.top_logprobs)
 
 
-def test_token_ids_as_prompt(client: openai.OpenAI, tokenizer: Tokenizer, model: ScriptedModel) -> None:
+def test_token_ids_as_prompt(client: openai.OpenAI, tokenizer: Tokenizer, server: Running) -> None:
     ids = tokenizer.encode("The capital")
     assert client.completions.create(model="tiny", prompt=ids).choices[0].text == " Paris."
-    assert model.runners[0].prompts[-1] == ids
+    assert read_last(server) == ids
 
 
-def test_what_looks_like_special_tokens_is_text(
-    client: openai.OpenAI, model: ScriptedModel, tokenizer: Tokenizer
-) -> None:
+def test_what_looks_like_special_tokens_is_text(client: openai.OpenAI, server: Running, tokenizer: Tokenizer) -> None:
     client.completions.create(model="tiny", prompt="<｜User｜>", max_tokens=1)
-    assert not set(model.runners[0].prompts[-1][len(tokenizer.start_ids) :]) & tokenizer.special_ids
+    assert not set(read_last(server)[len(tokenizer.start_ids) :]) & tokenizer.special_ids
 
 
 def test_usage_and_cost(http: httpx.Client) -> None:

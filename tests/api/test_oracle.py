@@ -7,14 +7,13 @@ from typing import Any
 
 import deepseek_recipe as recipe
 import httpx
-from checks import Json, until
+from checks import Json, read_last
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted import ScriptedModel
 from serving import Running
 
+from tael.data import Tokenizer
 from tael.serve.caller import LOCAL
-from tael.serve.orders import PROTOCOLS
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=24) | st.sampled_from(
     ["<think>", "</think>", "<｜User｜>hi", "<｜DSML｜tool_calls>", "漢字 🙂", "What is 12 + 30?", " ", ""]
@@ -65,22 +64,18 @@ def rendered(body: Json) -> str:
 
 
 @settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(body=bodies())
-def test_prompts_are_the_recipes(server: Running, model: ScriptedModel, body: Json) -> None:
-    """200 random conversations, from the body to the ids the engine gets."""
-    service, hosted = server.service, until(server.service.host.loaded)[0]
-    _, prompt = service._understand(PROTOCOLS["chat"], body, "id", hosted)
-    assert model.tokenizer.decode(prompt.ids, skip_special=False) == rendered(body)
-
-
-def test_the_engine_reads_that_prompt(server: Running, http: httpx.Client, model: ScriptedModel) -> None:
-    """And over HTTP: the text the runner found in the cache's blocks."""
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "a prompt nobody else has"}], "max_tokens": 3}
-    assert http.post("/v1/chat/completions", json=body).status_code == 200
-    read = {model.tokenizer.decode(ids, skip_special=False) for ids in model.runners[-1]._answers}
-    assert rendered(body) in read
+def test_prompts_are_the_recipes(server: Running, http: httpx.Client, tokenizer: Tokenizer, body: Json) -> None:
+    """200 random conversations over HTTP, up to what the model finds in the cache's blocks."""
+    answer = http.post("/beta/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert tokenizer.decode(read_last(server), skip_special=False) == rendered(body)
 
 
 def test_pages_ask_the_same_way(server: Running) -> None:
