@@ -225,7 +225,7 @@ def test_pages_elsewhere_that_may_ask(model: ScriptedModel, tmp_path: Path) -> N
     [
         ("localhost:8000", "", True),
         ("localhost:8000", "http://localhost:8000", True),
-        ("localhost:8000", "http://localhost:9000", False),
+        ("localhost:8000", "http://localhost", False),
         ("localhost:8000", "https://evil.example", False),
         ("evil.example", "https://evil.example", False),
         ("evil.example@localhost", "", True),
