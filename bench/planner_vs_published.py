@@ -4,8 +4,8 @@
 
 One constant (tael.cost.timing.Constants.sustained) is fitted on the runs reported in hours, by the least mean
 |ln(predicted / reported)|. Leave-one-out: each run is predicted with the constant fitted on the others alone. The
-throughputs are never fitted on. `hidden` stays at its published order: these runs hardly tell it apart (a note
-under the table says what fitting both would give). The planner gets model, tokens, chips and batch, and finds the
+throughputs are never fitted on. `hidden` stays at its first guess: these runs hardly tell it apart (a note under the
+table says what fitting both would give). The planner gets model, tokens, chips and batch, and finds the
 layout by itself. Also printed: V3's cost table, and DeepSeek's day of serving.
 """
 

@@ -158,14 +158,18 @@ def test_a_model_that_answers_is_not_unloaded(many: Running) -> None:
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     def broken(spec: ModelSpec, notify: object) -> ScriptedModel:
-        raise TaelError("no such model folder")
+        if spec.name == "gone":
+            raise TaelError("no such model folder")
+        return scripted_model(script, context=256)
 
+    specs = [ModelSpec(name=name, model=name, context=256) for name in ("gone", "there")]
     with (
-        running(tmp_path, [ModelSpec(name="gone", model="gone")], broken) as server,  # type: ignore[arg-type]
+        running(tmp_path, specs, broken) as server,  # type: ignore[arg-type]
         httpx.Client(base_url=server.url, timeout=30) as http,
     ):
         answer = ask(http, "gone")
         assert answer.status_code == 503 and "no such model folder" in answer.json()["error"]["message"]
+        until(lambda: [each.spec.name for each in server.service.host.loaded()] == ["there"])  # nobody asked for it
         ready = http.get("/ready")
         assert ready.status_code == 503 and "gone" in ready.json()["status"]
         assert http.get("/health").status_code == 200
@@ -215,11 +219,13 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
         environment = os.environ | {"TAEL_CACHE": str(tmp_path / "cache")}  # nothing was pulled
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, env=environment)
 
+    (tmp_path / "serve.toml").write_text('[[models]]\nname = "x"\nmodel = "nothing"\n')
     for arguments, words in (
         (("x=nothing", "--host", "0.0.0.0", "--port", "0"), "tael keys add"),
         (("x=nothing", "--price", "cheap"), "HIT/MISS/OUTPUT"),
         (("x=nothing", "--thinking", "maybe"), "thinking"),
         (("--config", "missing.toml"), "missing.toml"),
+        (("--config", "serve.toml", "--quantize", "int4"), "--quantize: with --config"),
         (("--port", "0"), "no model to serve"),
     ):
         done = run(*arguments)

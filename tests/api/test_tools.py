@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -154,56 +157,64 @@ def test_errors_name_the_field(http: httpx.Client, change: Any, status: int, wor
 # ------------------------------------------------------------------- an agent
 
 
-def tool(name: str, argument: str) -> Any:
-    schema = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
-    return {"type": "function", "function": {"name": name, "parameters": schema}}
-
-
-TOOLS: list[Any] = [tool("calculator", "expression"), tool("read_file", "path")]
-
-
 def agent_script(prompt: str) -> str:
     """Read the file, multiply what it says, tell the result."""
     if "<tool_result>42" in prompt:
         return "I have it.</think>The answer is 42."
     if "<tool_result>6 7" in prompt:
         return "Now multiply.</think>" + calls(call("calculator", expression="6 * 7"))
-    return "First read it.</think>" + calls(call("read_file", path="numbers.txt"))
+    return "First read it.</think>" + calls(call("read_file", name="numbers.txt"))
 
 
-def multiply(expression: str) -> str:
-    first, _, second = expression.partition("*")
-    return str(int(first) * int(second))
+@pytest.fixture(scope="module")
+def agent() -> ModuleType:
+    """examples/agent.py."""
+    path = Path(__file__).parents[2] / "examples" / "agent.py"
+    spec = importlib.util.spec_from_file_location("agent", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_an_agents_loop(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """The plain client, thinking on: two tools, one after the other; each turn finds the one before in the cache."""
+def test_an_agents_loop(
+    agent: ModuleType, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The example with the plain client, thinking on: two tools, one after the other; each turn finds the one before
+    in the cache."""
     (tmp_path / "numbers.txt").write_text("6 7")
-    tools = {"calculator": multiply, "read_file": lambda path: (tmp_path / path).read_text()}
+    monkeypatch.chdir(tmp_path)
     model = scripted_model(agent_script, tokenizer, 8192)
-    usages, used, thoughts = [], [], []
     with (
         running(tmp_path / "state", [ModelSpec(name="agent", model="m")], loader({"m": model})) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
     ):
-        talk: list[Any] = [{"role": "user", "content": "Multiply the numbers in numbers.txt"}]
-        for _ in range(5):
-            answer = client.chat.completions.create(model="agent", messages=talk, tools=TOOLS)
-            message = answer.choices[0].message
-            usages.append(answer.usage)
-            thoughts.append(message.reasoning_content)  # type: ignore[attr-defined]
-            talk.append(message.model_dump(exclude_none=True))
-            if not message.tool_calls:
-                break
-            for each in message.tool_calls:
-                assert each.type == "function"
-                result = tools[each.function.name](**json.loads(each.function.arguments))
-                used.append((each.function.name, result))
-                talk.append({"role": "tool", "tool_call_id": each.id, "content": result})
+        talk = agent.run(client, "agent", "Multiply the numbers in numbers.txt")
     assert talk[-1]["content"] == "The answer is 42."
-    assert used == [("read_file", "6 7"), ("calculator", "42")]
+    assert [said["content"] for said in talk if said["role"] == "tool"] == ["6 7", "42"]
+    thoughts = [said["reasoning_content"] for said in talk if said["role"] == "assistant"]
     assert thoughts == ["First read it.", "Now multiply.", "I have it."]
-    cached = [usage.prompt_tokens_details.cached_tokens for usage in usages]
-    written = [usage.prompt_tokens + usage.completion_tokens for usage in usages]
-    assert cached[0] == 0
-    assert all(found > before - 16 for found, before in zip(cached[1:], written, strict=False))
+    found = re.findall(r"turn \d: (\d+) tokens read, (\d+) of them from the cache, \$0\.0", capsys.readouterr().out)
+    read, cached = zip(*((int(a), int(b)) for a, b in found), strict=True)
+    assert len(read) == 3 and cached[0] == 0
+    assert all(hit > before - 16 for hit, before in zip(cached[1:], read, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "answer"),
+    [
+        ("calculator", '{"expression": "-(2 + 3) * 4 / 8"}', "-2.5"),
+        ("calculator", '{"expression": "1 / 0"}', "error: "),
+        ("calculator", '{"expression": "__import__(\'os\')"}', "error: only numbers"),
+        ("calculator", '{"expression": "2 ** 99999"}', "error: only numbers"),
+        ("read_file", '{"name": "../secret"}', "error: only files of the current folder"),
+        ("read_file", '{"name": "missing"}', "error: "),
+        ("calculator", "not JSON", "error: "),
+        ("shell", "{}", "error: "),
+    ],
+)
+def test_the_agents_tools_trust_nobody(
+    agent: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, arguments: str, answer: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert agent.run_tool(name, arguments).startswith(answer)

@@ -167,12 +167,20 @@ def test_the_request_log(model: ScriptedModel, tmp_path: Path, contents: bool) -
         usage = chat(http, "The secret 漢字 it is")["usage"]
         http.post("/v1/completions", json={"model": "tiny", "prompt": "Privately, "})
         http.post("/v1/chat/completions", json=user("x", max_tokens=10**6))
-        until(lambda: out.getvalue().count("\n") == 3)
-    first, second, refused = map(json.loads, out.getvalue().splitlines())
+        http.post("/v1/chat/completions", json=user("x", response_format={"type": "a secret kind"}))
+        http.post("/v1/messages", content=b"{secret")
+        http.post("/v1/responses", json={"model": "tiny", "input": "x"}, headers={"x-api-key": "tael-secret"})
+        until(lambda: out.getvalue().count("\n") == 6)
+        metrics = http.get("/metrics").text
+    first, second, refused, quoting, broken, unknown = map(json.loads, out.getvalue().splitlines())
     assert first["status"] == 200 and first["prompt_tokens"] == usage["prompt_tokens"] and first["key"] == "local"
     assert first["dollars"] == pytest.approx(usage["cost"]) and first["finish_reason"] == "stop"
-    assert refused["status"] == 400 and "max_tokens" in refused["error"]
+    assert (refused["status"], broken["status"], unknown["status"]) == (400, 400, 401)
+    assert quoting["status"] in (400, 422) and (broken["key"], unknown["key"]) == ("local", None)
+    for endpoint, status in (("messages", 400), ("responses", 401)):
+        assert f'tael_requests_total{{endpoint="{endpoint}",status="{status}"}} 1.0' in metrics
     if contents:
+        assert "max_tokens" in refused["error"] and "a secret kind" in quoting["error"]
         assert first["said"]["asked"] == [{"role": "user", "content": "The secret 漢字 it is"}]
         [answer] = first["said"]["answered"]
         assert answer.startswith("Let me think.</think>You said 漢字")

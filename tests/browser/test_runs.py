@@ -13,6 +13,8 @@ import pytest
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+from tiny_recipe import tiny_recipe  # noqa: E402
+
 from tael.serve.pages.plots import COLOURS, DASHES  # noqa: E402
 from tael.serve.run_process import read_process  # noqa: E402
 
@@ -30,34 +32,6 @@ sequence_length = 32
 [stages.rl]
 kind = "rl"
 steps = 40
-"""
-TINY = """name = "tiny"
-description = "A few steps"
-[tokenizer]
-vocab_size = 320
-[data]
-path = "{book}"
-holdout = 0.2
-[model]
-hidden_size = 32
-num_hidden_layers = 2
-intermediate_size = 48
-num_attention_heads = 2
-kv_lora_rank = 16
-qk_nope_head_dim = 8
-qk_rope_head_dim = 8
-v_head_dim = 8
-n_routed_experts = 4
-moe_intermediate_size = 16
-max_position_embeddings = 160
-[stages.pretrain]
-kind = "pretrain"
-steps = 4000
-batch_size = 2
-sequence_length = 32
-precision = "fp32"
-eval_every = 4000
-eval_documents = 2
 """
 
 
@@ -108,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     text = [" ".join(words[(i * j) % len(words)] for j in range(1, 40)) for i in range(1, 300)]
     (folder / "book.txt").write_text("\n\n".join(text), encoding="utf-8")
     (folder / "recipes").mkdir()
-    (folder / "recipes" / "tiny.toml").write_text(TINY.format(book=folder / "book.txt"), encoding="utf-8")
+    (folder / "recipes" / "tiny.toml").write_text(tiny_recipe(folder / "book.txt", 4000), encoding="utf-8")
     (folder / "recipes" / "wrong.toml").write_text("name = 3", encoding="utf-8")
     yield folder
     for place in (folder / "runs").iterdir():
@@ -338,7 +312,7 @@ def test_an_unknown_run_and_wrong_addresses(open_page):
 
 def test_the_plan_says_what_is_there_and_what_is_not(open_page):
     page = open_page("/plan")
-    expect(page.get_by_text("The planner is not there yet")).to_be_visible()
+    expect(page.get_by_text("Predictions are not on this page yet")).to_be_visible()
     row = page.get_by_role("row", name=re.compile("tiny.toml"))
     expect(row.get_by_role("cell").nth(0)).to_have_text("38.7K")
     expect(row.get_by_role("cell").nth(6)).to_have_text("256K")

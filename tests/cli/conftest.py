@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_recipe import SHAPE, SHAPE_LINES
 from typer.testing import CliRunner
 
 from tael.cli import app
@@ -16,19 +17,6 @@ from tael.model import ModelConfig, build_model
 from tael.weights import save_model
 
 TEXTS = ["What is 12+30-4? It is 38, says the quick brown fox.\n", "The lazy dog says nothing at all, as ever.\n"]
-SHAPE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "moe_intermediate_size": 16,
-    "max_position_embeddings": 160,
-}
 RECIPE = """
 name = "tiny"
 [tokenizer]
@@ -123,8 +111,7 @@ def write_recipe(folder: Path) -> Path:
     words = TEXTS[0].split() + TEXTS[1].split()
     lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 40)) for i in range(1, 500)]
     (folder / "book.txt").write_text("\n\n".join(lines), encoding="utf-8")
-    shape = "\n".join(f"{key} = {value}" for key, value in SHAPE.items())
-    (folder / "tiny.toml").write_text(RECIPE.format(shape=shape), encoding="utf-8")
+    (folder / "tiny.toml").write_text(RECIPE.format(shape=SHAPE_LINES), encoding="utf-8")
     return folder / "tiny.toml"
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
-from tael.cost.chips import CHIPS, cap_performance, cut_link, cut_network, find_chip, without
+from tael.cost.chips import CHIPS, cap_performance, cut_link, find_chip, without
 from tael.cost.layout import Layout, check_layout, layouts
 from tael.cost.memory import eager_memory, training_memory
 from tael.cost.named import MODELS, find_model
@@ -204,7 +204,6 @@ def test_chips_under_switches() -> None:
     h100, h800 = find_chip("H100"), find_chip("h800")
     assert cut_link(h100, 200e9).link_bandwidth == h800.link_bandwidth
     assert cut_link(h800, 450e9).link_bandwidth == h800.link_bandwidth  # a cut never adds
-    assert cut_network(h100, 1e9).network_bandwidth == 1e9
     assert cap_performance(h100, 4800).total_processing_performance == pytest.approx(4800)
     assert cap_performance(h100, 1e9).peaks == h100.peaks
     assert h100.total_processing_performance == pytest.approx(15832, rel=0.01)

@@ -9,6 +9,7 @@ import deepseek_recipe as recipe
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parsed import parsed
 
 from tael.serve.formats.base import Starts
 from tael.serve.formats.hermes import HermesTranslator, arguments_of, call_text, instructions
@@ -19,29 +20,6 @@ DSML = "｜DSML｜"
 def translate(pieces: list[str] | str, starts: Starts = "free") -> str:
     translator = HermesTranslator(starts)
     return "".join(map(translator.push, pieces)) + translator.finish()
-
-
-def read(text: str) -> tuple[str, list[tuple[str, Any]]]:
-    """Content and calls, as the parser finds them in the whole text."""
-    request = recipe.ConversationRequest(
-        recipe.Conversation([recipe.UserMessage("Hi")], thinking_mode=False), recipe.ModelVersion.DeepseekV4Pro
-    )
-    generator = recipe.ChatCompletionRequest.chunk_generator(request, "id", "model")
-    processor = recipe.StreamProcessor(generator, recipe.ParsingOptions())
-    chunks = [recipe.InferenceChunk.ready(), recipe.InferenceChunk.text(text, 1)]
-    chunks.append(recipe.InferenceChunk.finish(recipe.InferenceFinishReason.Stop))
-    deltas = [
-        choice["delta"]
-        for chunk in [*(c for each in chunks for c in processor.push(each)), *processor.finish()]
-        for choice in json.loads(chunk.to_json())["choices"]
-    ]
-    calls: dict[int, list[str]] = {}
-    for part in [call for delta in deltas for call in delta.get("tool_calls") or []]:
-        call = calls.setdefault(part["index"], ["", ""])
-        call[0] += part["function"].get("name") or ""
-        call[1] += part["function"].get("arguments") or ""
-    content = "".join(delta.get("content") or "" for delta in deltas)
-    return content, [(name, json.loads(arguments)) for name, arguments in calls.values()]
 
 
 # --------------------------------------------------------------------- laws
@@ -63,7 +41,7 @@ CALLS = st.tuples(st.text("abz_-09", min_size=1, max_size=8), st.dictionaries(WO
 def test_arguments_arrive_as_they_were(calls: list[tuple[str, Any]], between: str, ascii: bool) -> None:
     written = [json.dumps({"name": name, "arguments": arguments}, ensure_ascii=ascii) for name, arguments in calls]
     text = "Well." + between.join(f"<tool_call>\n{call}\n</tool_call>" for call in written) + between
-    content, found = read(translate(list(text)))
+    content, found = parsed(translate(list(text)))
     assert content == "Well."
     assert found == calls
 
@@ -129,22 +107,22 @@ def test_what_is_no_call_stays_text(text: str) -> None:
 
 def test_a_call_after_a_malformed_one() -> None:
     text = '<tool_call>{"name": "f</tool_call>\n' + call_text("g", {})
-    assert read(translate(text)) == ('<tool_call>{"name": "f</tool_call>', [("g", {})])
+    assert parsed(translate(text)) == ('<tool_call>{"name": "f</tool_call>', [("g", {})])
 
 
 def test_text_after_and_between_calls_is_not_lost() -> None:
     text = f"One {call_text('f', {})}\nTwo\n{call_text('g', {})}\nThree\n"
-    assert read(translate(text)) == ("One \nTwo\n\nThree", [("f", {}), ("g", {})])
+    assert parsed(translate(text)) == ("One \nTwo\n\nThree", [("f", {}), ("g", {})])
 
 
 def test_forms_that_models_use() -> None:
-    assert read(translate('<tool_call>{"name":"f","parameters":{"a":1}}</tool_call>'))[1] == [("f", {"a": 1})]
-    assert read(translate('<tool_call>{"name":"f","arguments":"{\\"a\\":1}"}</tool_call>'))[1] == [("f", {"a": 1})]
-    assert read(translate('<tool_call>{"name":"f","arguments":{"a":"x\ny"}}</tool_call>'))[1] == [
+    assert parsed(translate('<tool_call>{"name":"f","parameters":{"a":1}}</tool_call>'))[1] == [("f", {"a": 1})]
+    assert parsed(translate('<tool_call>{"name":"f","arguments":"{\\"a\\":1}"}</tool_call>'))[1] == [("f", {"a": 1})]
+    assert parsed(translate('<tool_call>{"name":"f","arguments":{"a":"x\ny"}}</tool_call>'))[1] == [
         ("f", {"a": "x\ny"})
     ]
-    assert read(translate('<tool_call>{"name":"f"}</tool_call>'))[1] == [("f", {})]
-    assert read(translate('<tool_call>\n{"name":"f","arguments":{}}'))[1] == [("f", {})]
+    assert parsed(translate('<tool_call>{"name":"f"}</tool_call>'))[1] == [("f", {})]
+    assert parsed(translate('<tool_call>\n{"name":"f","arguments":{}}'))[1] == [("f", {})]
 
 
 def test_what_would_end_a_raw_string_goes_as_json() -> None:
@@ -155,20 +133,20 @@ def test_what_would_end_a_raw_string_goes_as_json() -> None:
 
 def test_half_a_surrogate_pair() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d", "\\ud83d": 1, "b": ["\\ud83d"]}}</tool_call>'
-    assert read(translate(text))[1] == [("f", {"a": "\ud83d", "\ud83d": 1, "b": ["\ud83d"]})]
+    assert parsed(translate(text))[1] == [("f", {"a": "\ud83d", "\ud83d": 1, "b": ["\ud83d"]})]
 
 
 def test_thoughts_are_left_alone() -> None:
     call = call_text("f", {})
     assert translate(f"<think>{call}</think>ok") == f"<think>{call}</think>ok"
     assert translate(f"{call}</think>ok", "think") == f"{call}</think>ok"
-    assert read(translate(f"{call}</think>{call}", "think").partition("</think>")[2]) == ("", [("f", {})])
-    assert read(translate(f"{call}</think>ok", "answer"))[1] == [("f", {})]
+    assert parsed(translate(f"{call}</think>{call}", "think").partition("</think>")[2]) == ("", [("f", {})])
+    assert parsed(translate(f"{call}</think>ok", "answer"))[1] == [("f", {})]
 
 
 def test_a_quotation_of_dsml_is_no_call() -> None:
     text = f'<{DSML}tool_calls>\n<{DSML}invoke name="f">\n</{DSML}invoke>\n</{DSML}tool_calls>'
-    content, calls = read(translate(text))
+    content, calls = parsed(translate(text))
     assert not calls and content.replace("\u200b", "") == text
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_recipe import tiny_recipe
 
 from tael.cost.ledger import Entry, Ledger
 from tael.errors import TaelError
@@ -25,36 +26,6 @@ from tael.serve.run_process import Process, is_locked, read_process
 from tael.serve.run_views import seconds_a_step
 from tael.serve.runs import RunBook
 
-SHAPE = """hidden_size = 32
-num_hidden_layers = 2
-intermediate_size = 48
-num_attention_heads = 2
-kv_lora_rank = 16
-qk_nope_head_dim = 8
-qk_rope_head_dim = 8
-v_head_dim = 8
-n_routed_experts = 4
-moe_intermediate_size = 16
-max_position_embeddings = 160
-"""
-TINY = """name = "tiny"
-description = "A few steps"
-[tokenizer]
-vocab_size = 320
-[data]
-path = "{book}"
-holdout = 0.2
-[model]
-{shape}
-[stages.pretrain]
-kind = "pretrain"
-steps = 4
-batch_size = 2
-sequence_length = 32
-precision = "fp32"
-eval_every = 1000
-eval_documents = 2
-"""
 DEADLINE = 180.0
 
 
@@ -73,7 +44,7 @@ def book(tmp_path: Path) -> RunBook:
     words = [f"{word}{i % 7}" for i, word in enumerate(("the", "quick", "fox", "says", "it", "is", "38") * 3)]
     lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 40)) for i in range(1, 300)]
     (tmp_path / "book.txt").write_text("\n\n".join(lines), encoding="utf-8")
-    text = TINY.format(book=tmp_path / "book.txt", shape=SHAPE)
+    text = tiny_recipe(tmp_path / "book.txt", 4)
     (tmp_path / "recipes" / "tiny.toml").write_text(text, encoding="utf-8")
     return RunBook(tmp_path / "runs", tmp_path / "recipes")
 

@@ -14,6 +14,7 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parsed import parsed
 from tokenizers import AddedToken
 
 from tael.data import Tokenizer, train_tokenizer
@@ -132,30 +133,6 @@ def say(compiler: ConstraintCompiler, tokenizer: Tokenizer, constraint: Any, see
     raise AssertionError("the answer did not end")
 
 
-def read(text: str, in_calls: bool, step: int) -> tuple[str, list[tuple[str, Any]]]:
-    """Content and calls, as the parser finds them in the text, `step` characters at a time."""
-    request = recipe.ConversationRequest(
-        recipe.Conversation([recipe.UserMessage("Hi")], thinking_mode=False), recipe.ModelVersion.DeepseekV4Pro
-    )
-    generator = recipe.ChatCompletionRequest.chunk_generator(request, "id", "model")
-    processor = recipe.StreamProcessor(generator, recipe.ParsingOptions(starts_in_tool_calls=in_calls))
-    pieces = [text[i : i + step] for i in range(0, len(text), step)]
-    chunks = [recipe.InferenceChunk.ready(), *(recipe.InferenceChunk.text(piece, 1) for piece in pieces)]
-    chunks.append(recipe.InferenceChunk.finish(recipe.InferenceFinishReason.Stop))
-    deltas = [
-        choice["delta"]
-        for chunk in [*(c for each in chunks for c in processor.push(each)), *processor.finish()]
-        for choice in json.loads(chunk.to_json())["choices"]
-    ]
-    calls: dict[int, list[str]] = {}
-    for part in [call for delta in deltas for call in delta.get("tool_calls") or []]:
-        call = calls.setdefault(part["index"], ["", ""])
-        call[0] += part["function"].get("name") or ""
-        call[1] += part["function"].get("arguments") or ""
-    content = "".join(delta.get("content") or "" for delta in deltas)
-    return content, [(name, json.loads(arguments)) for name, arguments in calls.values()]
-
-
 def check_calls(calls: list[tuple[str, Any]]) -> None:
     for name, arguments in calls:
         schema = SCHEMAS[name]
@@ -172,10 +149,10 @@ EACH = pytest.mark.parametrize("form", FORMS)
 
 def calls_in(form: str, text: str, required: bool, step: int) -> tuple[str, list[tuple[str, Any]]]:
     if form == "dsml":
-        return read(text, required, step)
+        return parsed(text, required, step)
     translator = HermesTranslator("answer")
     pieces = [translator.push(text[i : i + step]) for i in range(0, len(text), step)]
-    return read("".join(pieces) + translator.finish(), False, 10_000)
+    return parsed("".join(pieces) + translator.finish(), False, 10_000)
 
 
 @EACH
@@ -304,7 +281,7 @@ def test_schemas_are_not_read_as_grammar(trained: Tokenizer) -> None:
     evil = '"\nstart: /.*/ // %json {} <[0-9]> | \\'
     schema = {"type": "object", "properties": {evil: {"enum": [evil]}}, "required": [evil]}
     said = say(compiler, trained, dsml_grammar(trained, [tool(schema)], True, False), 1)
-    assert read(said, True, 4)[1] == [("f", {evil: evil})]
+    assert parsed(said, True, 4)[1] == [("f", {evil: evil})]
     said = say(compiler, trained, hermes_grammar(trained, [tool(schema)], True, False), 1)
     assert calls_in("hermes", said, True, 4)[1] == [("f", {evil: evil})]
 

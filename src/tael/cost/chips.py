@@ -86,11 +86,6 @@ def cut_link(chip: Chip, bandwidth: float) -> Chip:
     return replace(chip, name=f"{chip.name} (link cut)", link_bandwidth=min(chip.link_bandwidth, bandwidth))
 
 
-def cut_network(chip: Chip, bandwidth: float) -> Chip:
-    """The chip with `bandwidth` bytes a second out of its domain, if that is less."""
-    return replace(chip, name=f"{chip.name} (network cut)", network_bandwidth=min(chip.network_bandwidth, bandwidth))
-
-
 def cap_performance(chip: Chip, tpp: float) -> Chip:
     """The chip slowed so that its total processing performance is at most `tpp`; memory and links stay."""
     if tpp <= 0:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tael.errors import TaelError, did_you_mean
 
@@ -27,6 +27,15 @@ SCHEMA_VERSION = 1
 APPLICATION_ID = 0x5441454C  # "TAEL"
 BUSY_SECONDS = 30.0
 
+
+def _utc(value: str) -> str:
+    moment = datetime.fromisoformat(value)
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    return moment.isoformat()
+
+
+Moment = Annotated[str, AfterValidator(_utc)]
+"""ISO 8601, kept in UTC; a time without a zone is taken as UTC."""
 Quantity = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Grouping = Literal["run", "stage", "day"]
@@ -41,8 +50,8 @@ class Entry(BaseModel):
     run: str
     stage: str
     kind: str
-    started: str
-    """When the work began: ISO 8601; kept in UTC (a time without a zone is taken as UTC)."""
+    started: Moment
+    """When the work began."""
     tokens: Count
     flops: Quantity
     utilisation: Quantity | None = None
@@ -56,13 +65,6 @@ class Entry(BaseModel):
     steps: Count
     detail: dict[str, Any] = {}
     """Anything else worth keeping; must be JSON."""
-
-    @field_validator("started")
-    @classmethod
-    def _utc(cls, value: str) -> str:
-        moment = datetime.fromisoformat(value)
-        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-        return moment.isoformat()
 
 
 class Total(BaseModel):

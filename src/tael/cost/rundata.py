@@ -115,7 +115,7 @@ def read_accuracy(table: Any, mode: str) -> Accuracy | None:
 
 def run_name(directory: Path) -> str:
     """The run's name in the ledger: run.json's, else the directory's."""
-    name = (_object(directory / "run.json") or {}).get("name")
+    name = (read_object(directory / "run.json") or {}).get("name")
     return name if isinstance(name, str) and name else directory.resolve().name
 
 
@@ -123,25 +123,25 @@ def read_run(directory: Path) -> RunRecord:
     """Read the run at `directory`; raises TaelError when it is no directory."""
     if not directory.is_dir():
         raise TaelError(f"{directory}: no such run directory")
-    recipe_text = _text(directory / "recipe.toml")
+    recipe_text = read_whole(directory / "recipe.toml")
     try:
         recipe = tomllib.loads(recipe_text)
     except tomllib.TOMLDecodeError:
         recipe = {}
-    summary = _object(directory / "summary.json") or {}
+    summary = read_object(directory / "summary.json") or {}
     name = summary.get("name") or run_name(directory)
     return RunRecord(
         directory=directory,
         name=str(name),
         recipe=recipe,
         recipe_text=recipe_text,
-        environment=_object(directory / "environment.json") or {},
+        environment=read_object(directory / "environment.json") or {},
         summary=summary,
-        stages=[_stage(directory / name, kind) for name, kind in _stage_kinds(directory, recipe).items()],
+        stages=[_stage(directory / name, kind) for name, kind in stage_kinds(directory, recipe).items()],
     )
 
 
-def _stage_kinds(directory: Path, recipe: dict[str, Any]) -> dict[str, str]:
+def stage_kinds(directory: Path, recipe: dict[str, Any]) -> dict[str, str]:
     """Stage name -> kind, in the recipe's order; folders the recipe does not name come after, by name."""
     tables = recipe.get("stages")
     kinds = {}
@@ -159,15 +159,15 @@ def _stage_kinds(directory: Path, recipe: dict[str, Any]) -> dict[str, str]:
 
 
 def _stage(directory: Path, kind: str) -> StageRecord:
-    lines = _lines(directory / "metrics.jsonl")
+    lines = read_lines(directory / "metrics.jsonl")
     return StageRecord(
         name=directory.name,
         kind=kind,
         steps=_by_step(lines, "step"),
         loads=_by_step(lines, "load"),
         evals=_by_step(lines, "eval"),
-        samples=[_sample(line) for line in _lines(directory / "samples.jsonl")],
-        result=_object(directory / "result.json"),
+        samples=[read_sample(line) for line in read_lines(directory / "samples.jsonl")],
+        result=read_object(directory / "result.json"),
     )
 
 
@@ -181,7 +181,9 @@ def _by_step(lines: list[Line], kind: str) -> list[Line]:
     return [chosen[step] for step in sorted(chosen)]
 
 
-def _sample(line: Line) -> Sample:
+def read_sample(line: Line) -> Sample:
+    """A line of samples.jsonl."""
+
     def text(key: str) -> str | None:
         value = line.get(key)
         return None if value is None else str(value)
@@ -198,14 +200,16 @@ def _sample(line: Line) -> Sample:
     )
 
 
-def _text(path: Path) -> str:
+def read_whole(path: Path) -> str:
+    """A file's text; empty when there is none."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def _parse(text: str) -> Line | None:
+def parse_line(text: str) -> Line | None:
+    """A JSON object; None for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -213,10 +217,12 @@ def _parse(text: str) -> Line | None:
     return value if isinstance(value, dict) else None
 
 
-def _object(path: Path) -> Line | None:
-    return _parse(_text(path))
+def read_object(path: Path) -> Line | None:
+    """The JSON object a file holds; None for anything else."""
+    return parse_line(read_whole(path))
 
 
-def _lines(path: Path) -> list[Line]:
-    parsed = (_parse(line) for line in _text(path).split("\n") if line.strip())
+def read_lines(path: Path) -> list[Line]:
+    """The JSON objects of a file, one a line; other lines are left out."""
+    parsed = (parse_line(line) for line in read_whole(path).split("\n") if line.strip())
     return [line for line in parsed if line is not None]

@@ -18,8 +18,8 @@ from tael.cost.shapes import Shape
 
 @dataclass(frozen=True)
 class Constants:
-    """Five numbers for all runs. `sustained` and `hidden` are fitted (bench/planner_vs_published.py); the others
-    are taken from what was published about them and left alone."""
+    """Five numbers for all runs. `sustained` is fitted (bench/planner_vs_published.py); `hidden` is a first guess,
+    kept with the results in view (docs/cost.md); the others are taken from what was published about them."""
 
     sustained: float = 0.66
     """Fraction of the roofline's speed that whole training programs keep: launches, imbalance, clocks, data."""

@@ -47,6 +47,14 @@ class Counts:
     accepted: int = 0
     finish_reason: str = "cancelled"
 
+    def add(self, event: TokenEvent) -> None:
+        """Count one event of the answer."""
+        self.completion += event.token >= 0
+        if event.sequence is not None:
+            self.cached = event.sequence.cached
+            self.drafted, self.accepted = event.sequence.drafted, event.sequence.accepted
+        self.finish_reason = event.finish_reason or self.finish_reason
+
 
 class Answer:
     """One choice. `feed` with what the engine brings; after the last event `response` is whole."""
@@ -70,22 +78,13 @@ class Answer:
         """The chunks that `events` (of one step) make; for an order that is not streamed they are only gathered."""
         made: list[Any] = []
         for event in events:
-            self._count(event)
+            self.counts.add(event)
             for piece in self._feeder.push(event):
                 made += self._push(piece)
         self.counts.reasoning = self._feeder.reasoning
         if events[-1].finish_reason is not None:
             made += self._end(events[-1].finish_reason)
         return self._out(made)
-
-    def _count(self, event: TokenEvent) -> None:
-        counts, sequence = self.counts, event.sequence
-        counts.completion += event.token >= 0
-        if sequence is not None:
-            counts.cached = sequence.cached
-            counts.drafted, counts.accepted = sequence.drafted, sequence.accepted
-        if event.finish_reason is not None:
-            counts.finish_reason = event.finish_reason
 
     def _open(self) -> recipe.StreamProcessor:
         """The parser; begun when it is known how the answer begins, and what the cache held."""

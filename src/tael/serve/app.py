@@ -38,7 +38,7 @@ def make_app(service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.ensure_future(_preload(service))
+        loading = asyncio.ensure_future(service.preload())
         try:
             yield
         finally:
@@ -61,13 +61,6 @@ def make_app(service: Service) -> FastAPI:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Guard, service=service)
     return app
-
-
-async def _preload(service: Service) -> None:
-    try:
-        await service.preload()
-    except ApiError as error:  # the server is up, and says so again to who asks for the model
-        service.host.notify(error.message)
 
 
 class Guard:

@@ -73,7 +73,20 @@ def field(body: Body, name: str, kind: type, default: Any = None) -> Any:
     return value
 
 
-def read_bias(body: Body) -> tuple[tuple[int, float], ...]:
+def read_sampling(body: Body) -> dict[str, Any]:
+    """Fields of SamplingParams that all protocols share and deepseek-recipe does not know. Raises ApiError."""
+    return {
+        "top_k": field(body, "top_k", int, 0),
+        "min_p": field(body, "min_p", float, 0.0),
+        "repetition_penalty": field(body, "repetition_penalty", float, 1.0),
+        "presence_penalty": field(body, "presence_penalty", float, 0.0),
+        "frequency_penalty": field(body, "frequency_penalty", float, 0.0),
+        "logit_bias": _bias(body),
+        "loop_guard": field(body, "loop_guard", bool, True),
+    }
+
+
+def _bias(body: Body) -> tuple[tuple[int, float], ...]:
     """logit_bias: token ids (as text, since JSON's keys are) to numbers."""
     bias = field(body, "logit_bias", dict, {})
     try:

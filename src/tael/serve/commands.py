@@ -71,15 +71,14 @@ def serve(
 
     how = {
         "context": context,
-        "device": device,
+        "device": device if device != "auto" else None,
         "quantize": quantize.value if quantize else None,
-        "backend": backend.value,
+        "backend": backend.value if backend != Backend.auto else None,
         "speculate": speculate.value if speculate else None,
-        "map_experts": map_experts,
+        "map_experts": map_experts or None,
         "price": price,
         "thinking": thinking,
     }
-    how = {key: value for key, value in how.items() if value is not None}
     options = {
         "host": host,
         "port": port,
@@ -90,10 +89,8 @@ def serve(
         "allow_origins": tuple(allow_origin) if allow_origin else None,
         "log_contents": log_contents or None,
         "pages": None if pages else False,
+        "models": _specs(models, config, {key: value for key, value in how.items() if value is not None}),
     }
-    if models or config is None:
-        options["models"] = tuple(named(models or []) if models else everything()) or None
-        options["models"] = tuple(spec | how for spec in options["models"] or ())
     settings = load_settings(config, **options)
     if not settings.models:
         raise TaelError(
@@ -109,6 +106,16 @@ def serve(
             webbrowser.open(_url(settings, port))
 
     asyncio.run(run(settings, journal=Journal(sys.stderr if log else None), started=started))
+
+
+def _specs(models: list[str] | None, config: Path | None, how: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
+    """What is to be served; None: what the file says. Raises TaelError for options that would be passed over."""
+    if config is not None and not models:
+        if how:
+            option = "--" + next(iter(how)).replace("_", "-")
+            raise TaelError(f"{option}: with --config it belongs to a model; put it into [[models]] of {config}")
+        return None
+    return tuple(spec | how for spec in (named(models) if models else everything()))
 
 
 def named(models: list[str]) -> list[dict[str, Any]]:

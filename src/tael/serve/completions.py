@@ -14,10 +14,10 @@ from typing import Any
 from tael.engine import SamplingParams, TokenEvent
 from tael.errors import TaelError
 from tael.serve.answer import Counts
-from tael.serve.bodies import Body, field, read_bias
+from tael.serve.bodies import Body, field, read_sampling
 from tael.serve.caller import Caller
 from tael.serve.errors import ApiError
-from tael.serve.exchange import Figures, Meter, Race
+from tael.serve.exchange import Priced
 from tael.serve.models import Hosted
 from tael.serve.service import Service, model_name, refusal
 from tael.serve.visit import Opening, Visit
@@ -39,37 +39,18 @@ class TextOrder:
     stream: bool
 
 
-class TextExchange:
+class TextExchange(Priced):
     """One completion request being answered; `chunks` yields parts of the answer as dicts, [] as a beat."""
 
     def __init__(self, order: TextOrder, hosted: Hosted, service: Service) -> None:
-        self.order, self.hosted = order, hosted
-        self.counts = [Counts(prompt=len(order.prompt)) for _ in order.params]
-        self.meter = Meter(hosted.spec.price)
-        self.created = int(time.time())
-        self._race = Race(service.worker, hosted, order.prompt, order.params)
+        counts = [Counts(prompt=len(order.prompt)) for _ in order.params]
+        super().__init__(hosted, order.prompt, order.params, counts, service.worker)
+        self.order, self.created = order, int(time.time())
         self._echo = [order.text] * len(order.params)
         self._logprobs = [_Logprobs(hosted, len(order.text)) for _ in order.params]
 
     async def start(self, salt: str | None) -> None:
         await self._race.start(salt, True)
-
-    @property
-    def figures(self) -> Figures:
-        return self.meter.figures(self.counts)
-
-    @property
-    def wrote(self) -> list[str]:
-        return self._race.wrote(self.hosted.tokenizer)
-
-    def beat(self) -> None:
-        self._race.beat()
-
-    def cancel(self) -> None:
-        self._race.cancel()
-
-    def finish(self) -> None:
-        self._race.finish()
 
     async def chunks(self) -> AsyncIterator[list[dict[str, Any]]]:
         """One dict a step and choice; the last one has the usage."""
@@ -81,7 +62,8 @@ class TextExchange:
             self.meter.mark()
             text = self._echo[place] + "".join(each.text for each in update.events)
             self._echo[place] = ""
-            self._count(place, update.events)
+            for event in update.events:
+                self.counts[place].add(event)
             ending = _ending(update.events)
             logprobs = self._logprobs[place].push(update.events) if self._wants_logprobs else None
             left -= ending is not None
@@ -94,15 +76,6 @@ class TextExchange:
     @property
     def _wants_logprobs(self) -> bool:
         return self.order.params[0].logprobs is not None
-
-    def _count(self, place: int, events: Sequence[TokenEvent]) -> None:
-        counts = self.counts[place]
-        for each in events:
-            counts.completion += each.token >= 0
-            if each.sequence is not None:
-                counts.cached, counts.drafted = each.sequence.cached, each.sequence.drafted
-                counts.accepted = each.sequence.accepted
-            counts.finish_reason = each.finish_reason or counts.finish_reason
 
     def usage(self) -> dict[str, Any]:
         figures = self.figures
@@ -171,15 +144,16 @@ def _joined(before: dict[str, list[Any]] | None, after: dict[str, list[Any]] | N
 # ------------------------------------------------------------------ requests
 
 
-def completion(service: Service, body: Body, caller: Caller) -> Opening[TextExchange]:
+def completion(service: Service, body: Body, caller: Caller, size: int = 0) -> Opening[TextExchange]:
     """`async with` it for a completion request that the engine has taken. Raises ApiError."""
     id = "cmpl-" + secrets.token_hex(12)
     visit = Visit(service, "completions", model_name(body), caller, id, asked=body.get("prompt"))
 
     async def start(visit: Visit) -> TextExchange:
-        order = understand(body, visit.id, visit.model, visit.hosted, service.settings.max_choices)
+        hosted, most = visit.hosted, service.settings.max_choices
+        order = await service.aside(size, lambda: understand(body, visit.id, visit.model, hosted, most))
         visit.admit(len(order.prompt))
-        exchange = TextExchange(order, visit.hosted, service)
+        exchange = TextExchange(order, hosted, service)
         await exchange.start(service.salt(caller))
         return exchange
 
@@ -246,15 +220,9 @@ def _params(body: Body, prompt: list[int], hosted: Hosted, choices: int) -> list
             top_p=field(body, "top_p", float, 1.0),
             seed=seed,
             stop_ids=hosted.tokenizer.stop_ids,
-            top_k=field(body, "top_k", int, 0),
-            min_p=field(body, "min_p", float, 0.0),
-            repetition_penalty=field(body, "repetition_penalty", float, 1.0),
-            presence_penalty=field(body, "presence_penalty", float, 0.0),
-            frequency_penalty=field(body, "frequency_penalty", float, 0.0),
-            logit_bias=read_bias(body),
             logprobs=field(body, "logprobs", int),
             stop=(stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop,
-            loop_guard=field(body, "loop_guard", bool, True),
+            **read_sampling(body),
         )
     except TaelError as error:
         raise refusal(error) from None

@@ -1,7 +1,7 @@
 """A chat request being answered: its choices with the engine, their chunks merged, the whole of it priced.
 
-exchange = Exchange(order, hosted, prompt, params, worker, salt)
-await exchange.start()                       accepted by the engine; raises ApiError where it is not
+exchange = Exchange(order, hosted, prompt, params, worker)
+await exchange.start(salt)                   accepted by the engine; raises ApiError where it is not
 async for chunks in exchange.chunks(): ...   [] is a beat: nothing came for a while
 exchange.figures                             tokens, seconds, dollars
 """
@@ -164,35 +164,28 @@ class Race:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Exchange:
-    """See the module. `progress` after `chunks` yields nothing: (ahead, computed) of the prompt."""
+class Priced:
+    """What every exchange has: its choices with the engine, what they took, and what that costs."""
 
     def __init__(
-        self, order: Order, hosted: Hosted, prompt: Prompt, params: list[SamplingParams], worker: EngineWorker
+        self,
+        hosted: Hosted,
+        prompt: list[int],
+        params: list[SamplingParams],
+        counts: list[Counts],
+        worker: EngineWorker,
     ) -> None:
-        self.order, self.hosted, self.prompt = order, hosted, prompt
-        self.answers = [Answer(order, hosted, prompt, index) for index in range(len(params))]
+        self.hosted, self.counts = hosted, counts
         self.meter = Meter(hosted.spec.price)
-        self.ahead, self.computed = 0, 0
-        self._race = Race(worker, hosted, prompt.ids, params)
-        self._open = len(params)
-
-    async def start(self, salt: Hashable) -> None:
-        text = any(not answer.takes_tokens for answer in self.answers)
-        try:
-            await self._race.start(salt, text, _BEGINS[self.prompt.starts])
-        except ApiError as error:
-            if error.status == 400 and error.message.startswith("constraint: "):
-                name = self.order.constrains
-                raise ApiError(400, f"{name}: {error.message.removeprefix('constraint: ')}", name) from None
-            raise
+        self._race = Race(worker, hosted, prompt, params)
 
     @property
     def figures(self) -> Figures:
-        return self.meter.figures([answer.counts for answer in self.answers])
+        return self.meter.figures(self.counts)
 
     @property
     def wrote(self) -> list[str]:
+        """What was said so far, once a choice."""
         return self._race.wrote(self.hosted.tokenizer)
 
     def beat(self) -> None:
@@ -206,6 +199,30 @@ class Exchange:
     def finish(self) -> None:
         """Return what there is: every choice ends now."""
         self._race.finish()
+
+
+class Exchange(Priced):
+    """A chat request. While `chunks` yields nothing, `ahead` wait before it and `computed` of its prompt are read."""
+
+    def __init__(
+        self, order: Order, hosted: Hosted, prompt: Prompt, params: list[SamplingParams], worker: EngineWorker
+    ) -> None:
+        self.order, self.prompt = order, prompt
+        self.answers = [Answer(order, hosted, prompt, index) for index in range(len(params))]
+        super().__init__(hosted, prompt.ids, params, [answer.counts for answer in self.answers], worker)
+        self.ahead, self.computed = 0, 0
+        self._open = len(params)
+
+    async def start(self, salt: Hashable) -> None:
+        """Hand it to the engine. Raises ApiError where that does not take it."""
+        text = any(not answer.takes_tokens for answer in self.answers)
+        try:
+            await self._race.start(salt, text, _BEGINS[self.prompt.starts])
+        except ApiError as error:
+            if error.status == 400 and error.message.startswith("constraint: "):
+                name = self.order.constrains
+                raise ApiError(400, f"{name}: {error.message.removeprefix('constraint: ')}", name) from None
+            raise
 
     async def chunks(self) -> AsyncIterator[list[Chunk]]:
         """What there is to send, step by step."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from tael.serve.errors import ApiError
 from tael.serve.store import Served
 
 
@@ -36,9 +38,10 @@ class Journal:
         }
         self._line(line | ({"said": said} if said else {}))
 
-    def refused(self, endpoint: str, caller: str, status: int, message: str) -> None:
-        """One that was turned away."""
-        self._line({"endpoint": endpoint, "key": caller, "status": status, "error": message})
+    def refused(self, endpoint: str, caller: str | None, error: ApiError, contents: bool) -> None:
+        """One that was turned away; why in words only with `contents`, since messages quote what was sent."""
+        line = {"time": datetime.now(UTC).isoformat(), "endpoint": endpoint, "key": caller, "status": error.status}
+        self._line(line | {"code": error.body()["error"]["code"]} | ({"error": error.message} if contents else {}))
 
     def _line(self, value: dict[str, Any]) -> None:
         """In ASCII: what clients send may be no text that can be written (half a pair of surrogates)."""

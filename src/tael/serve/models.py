@@ -1,7 +1,8 @@
 """The models that are served: loaded when asked for, unloaded to make room.
 
 host = ModelHost(settings, worker)
-async with host.use("assistant") as hosted: ...        loads it first where need be; in use it stays
+hosted = await host.hold("assistant")        loads it first where need be; held it stays
+host.release(hosted)
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """From a request's body to an order: what is wanted of which model, in one form for all chat protocols.
 
-    protocol = PROTOCOLS["chat"]
-    order = protocol.order(body, spec, thinks, settings)      raises ApiError that names the field
+    order = PROTOCOLS["chat"].order(body, id, spec, thinks, context, most_choices)
 
 deepseek-recipe converts and checks what DeepSeek's API knows. On top comes what it leaves out: several choices,
 penalties, sampling filters, a thinking budget, thinking as the model likes ("auto"), and a temperature that is
@@ -20,7 +19,7 @@ import deepseek_recipe as recipe
 
 from tael.data import Mode
 from tael.serve import asked_schemas
-from tael.serve.bodies import Body, field, kind_of, read_bias
+from tael.serve.bodies import Body, field, kind_of, read_sampling
 from tael.serve.errors import ApiError, Dialect
 from tael.serve.settings import ModelSpec
 
@@ -39,22 +38,17 @@ class Wishes:
     """What deepseek-recipe leaves to who answers."""
 
     mode: Mode
+    sampling: Mapping[str, Any]
+    """Fields of SamplingParams, under their names there."""
     choices: int = 1
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
     thinking_budget: int | None = None
     parallel_tools: bool = True
     must_call: bool = False
     """Any of the tools; Anthropic's "any", which deepseek-recipe takes for "auto"."""
     schema: dict[str, Any] | None = None
     """What a Messages answer has to follow, of which deepseek-recipe knows nothing."""
-    loop_guard: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,7 @@ class Protocol:
         return self.prefix + secrets.token_hex(12)
 
     def order(self, body: Body, id: str, spec: ModelSpec, thinks: bool, context: int, most_choices: int) -> Order:
-        """Understand a request's body. Raises ApiError."""
+        """Understand a request's body. Raises ApiError that names the field."""
         wishes = read_wishes(body, self.name, spec, thinks, most_choices)
         self._refuse_unheard(body)
         plain = self._plain(body, thinks)
@@ -294,19 +288,13 @@ def read_wishes(body: Body, protocol: ProtocolName, spec: ModelSpec, thinks: boo
     return Wishes(
         mode=_mode(body, protocol, spec, thinks),
         choices=choices,
+        sampling=read_sampling(body),
         temperature=field(body, "temperature", float),
         top_p=field(body, "top_p", float),
-        top_k=field(body, "top_k", int, 0),
-        min_p=field(body, "min_p", float, 0.0),
-        repetition_penalty=field(body, "repetition_penalty", float, 1.0),
-        presence_penalty=field(body, "presence_penalty", float, 0.0),
-        frequency_penalty=field(body, "frequency_penalty", float, 0.0),
-        logit_bias=read_bias(body),
         thinking_budget=_budget(body, spec) if thinks else None,
         parallel_tools=_parallel(body, protocol),
         must_call=protocol == "messages" and _choice(body) == "any",
         schema=asked_schemas.of_message(body) if protocol == "messages" else None,
-        loop_guard=field(body, "loop_guard", bool, True),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from tael.serve.completions import TextExchange, completion
 from tael.serve.errors import ApiError, Dialect
 from tael.serve.exchange import Exchange
 from tael.serve.orders import PROTOCOLS, ProtocolName
-from tael.serve.service import Service
+from tael.serve.service import Service, model_name
 from tael.serve.streaming import KEEP_ALIVE, EventStream, event, unless_gone
 
 DONE = b"data: [DONE]\n\n"
@@ -76,35 +77,49 @@ class Answering(Protocol):
 Opening = AbstractAsyncContextManager[Any]
 
 
-class Endpoint:
+class Endpoint(ABC):
     """One way of asking; subclasses say how a request is opened, written as events, and gathered."""
 
     done: bytes = DONE
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, name: str) -> None:
+        self.service, self.name = service, name
 
+    @abstractmethod
     def open(self, body: Body, caller: Caller, size: int) -> Opening:
-        raise NotImplementedError
+        """`async with` it for the exchange."""
 
+    @abstractmethod
     def events(self, chunks: list[Any]) -> bytes:
-        raise NotImplementedError
+        """One step's chunks, as server-sent events."""
 
+    @abstractmethod
     async def gather(self, exchange: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """The whole answer."""
 
     def streams(self, body: Body) -> bool:
         return body.get("stream") is True
 
     async def __call__(self, request: Request) -> Any:
-        caller = caller_of(self.service, request)
-        raw = await read_body(request, self.service.settings.max_body)
-        body = parse_json(raw)
+        caller, body, size = await self._asked(request)
         if not self.streams(body):
-            return JSONResponse(await unless_gone(request, self._whole(body, caller, len(raw))))
+            return JSONResponse(await unless_gone(request, self._whole(body, caller, size)))
         stack = contextlib.AsyncExitStack()
-        exchange = await unless_gone(request, stack.enter_async_context(self.open(body, caller, len(raw))))
+        exchange = await unless_gone(request, stack.enter_async_context(self.open(body, caller, size)))
         return EventStream(self._parts(stack, exchange))
+
+    async def _asked(self, request: Request) -> tuple[Caller, Body, int]:
+        """Who asks, the body, and its bytes. Raises ApiError; what fails here is counted, as what fails later is."""
+        caller = None
+        try:
+            caller = caller_of(self.service, request)
+            raw = await read_body(request, self.service.settings.max_body)
+            body = parse_json(raw)
+            model_name(body)
+        except ApiError as error:
+            self.service.refused(self.name, caller, error)
+            raise
+        return caller, body, len(raw)
 
     async def _whole(self, body: Body, caller: Caller, size: int) -> dict[str, Any]:
         async with self.open(body, caller, size) as exchange:
@@ -150,7 +165,7 @@ class ChatEndpoint(Endpoint):
     """Chat Completions, Responses or Messages."""
 
     def __init__(self, service: Service, name: ProtocolName) -> None:
-        super().__init__(service)
+        super().__init__(service, name)
         self._protocol = PROTOCOLS[name]
         self.done = DONE if name == "chat" else b""
 
@@ -177,7 +192,7 @@ class TextEndpoint(Endpoint):
     """Plain completions, and fill-in-the-middle."""
 
     def open(self, body: Body, caller: Caller, size: int) -> Opening:
-        return completion(self.service, body, caller)
+        return completion(self.service, body, caller, size)
 
     def events(self, chunks: list[dict[str, Any]]) -> bytes:
         return b"".join(event(Chunk(None, json.dumps(chunk, ensure_ascii=False))) for chunk in chunks)
@@ -190,7 +205,9 @@ def add_protocols(app: FastAPI, service: Service) -> None:
     """Every route that generates."""
     router = APIRouter()
 
-    def add(paths: tuple[str, ...], endpoint: Endpoint, name: str) -> None:
+    def add(paths: tuple[str, ...], endpoint: Endpoint) -> None:
+        name = endpoint.name
+
         async def answer(request: Request) -> Response:
             return await endpoint(request)
 
@@ -207,8 +224,8 @@ def add_protocols(app: FastAPI, service: Service) -> None:
             )
 
     for name, paths in ALIASES.items():
-        add(paths, ChatEndpoint(service, name), name)
-    add(TEXT_ALIASES, TextEndpoint(service), "completions")
+        add(paths, ChatEndpoint(service, name))
+    add(TEXT_ALIASES, TextEndpoint(service, "completions"))
     _add_count_tokens(router, service)
     app.include_router(router)
 

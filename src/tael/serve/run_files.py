@@ -79,7 +79,7 @@ class StageFiles:
         if anew:
             self.steps, self.evals, self.balance, self.last_load = {}, {}, {}, None
         for line in lines:
-            if (parsed := rundata._parse(line)) is not None:
+            if (parsed := rundata.parse_line(line)) is not None:
                 self._take(parsed)
             if len(self.steps) > MOST_STEPS:
                 self.steps = thinned(self.steps)
@@ -106,8 +106,8 @@ class StageFiles:
             steps=[self.steps[step] for step in sorted(self.steps)],
             loads=[] if self.last_load is None else [self.last_load],
             evals=[self.evals[step] for step in sorted(self.evals)],
-            samples=[rundata._sample(line) for line in rundata._lines(self.directory / "samples.jsonl")],
-            result=rundata._object(self.directory / "result.json"),
+            samples=[rundata.read_sample(line) for line in rundata.read_lines(self.directory / "samples.jsonl")],
+            result=rundata.read_object(self.directory / "result.json"),
         )
 
 
@@ -146,7 +146,7 @@ class RunFiles:
         stamps = tuple(stamp(self.directory / name) for name in SMALL_FILES)
         fresh = self._record is None or stamps != self._stamps
         base = self._small(stamps) if fresh or self._record is None else self._record
-        kinds = rundata._stage_kinds(self.directory, base.recipe)
+        kinds = rundata.stage_kinds(self.directory, base.recipe)
         self.stages = {name: self.stages.get(name) or StageFiles(self.directory / name) for name in kinds}
         stages = [self.stages[name].read(kind) for name, kind in kinds.items()]
         same = len(stages) == len(base.stages) and all(a is b for a, b in zip(stages, base.stages, strict=True))
@@ -158,12 +158,12 @@ class RunFiles:
 
     def _small(self, stamps: tuple[Stamp | None, ...]) -> RunRecord:
         self._stamps = stamps
-        text = rundata._text(self.directory / "recipe.toml")
+        text = rundata.read_whole(self.directory / "recipe.toml")
         try:
             recipe: dict[str, Any] = tomllib.loads(text)
         except tomllib.TOMLDecodeError:
             recipe = {}
-        environment = rundata._object(self.directory / "environment.json") or {}
-        summary = rundata._object(self.directory / "summary.json") or {}
+        environment = rundata.read_object(self.directory / "environment.json") or {}
+        summary = rundata.read_object(self.directory / "summary.json") or {}
         name = str(summary.get("name") or rundata.run_name(self.directory))
         return RunRecord(self.directory, name, recipe, text, environment, summary, [])

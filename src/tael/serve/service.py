@@ -96,7 +96,10 @@ class Service:
         """Load the models that are to be there from the start."""
         for spec in self.settings.models:
             if spec.preload:
-                await self.host.load(spec.name)
+                try:
+                    await self.host.load(spec.name)
+                except ApiError as error:  # the others come; who asks for this one is told again
+                    self.host.notify(error.message)
 
     # ----------------------------------------------------------------- requests
 
@@ -107,7 +110,7 @@ class Service:
 
         async def start(visit: Visit) -> Exchange:
             hosted = visit.hosted
-            order, prompt = await self._aside(size, lambda: self._understand(protocol, body, visit.id, hosted))
+            order, prompt = await self.aside(size, lambda: self._understand(protocol, body, visit.id, hosted))
             params = sampling(order, hosted, prompt)
             visit.admit(len(prompt.ids))
             exchange = Exchange(order, hosted, prompt, params, self.worker)
@@ -125,7 +128,7 @@ class Service:
         self.limits(caller)
         hosted = await self.host.load(model_name(body))
         id = protocol.new_id()
-        _, prompt = await self._aside(size, lambda: self._understand(protocol, body, id, hosted))
+        _, prompt = await self.aside(size, lambda: self._understand(protocol, body, id, hosted))
         return len(prompt.ids)
 
     def _understand(self, protocol: Protocol, body: Body, id: str, hosted: Hosted) -> tuple[Order, Prompt]:
@@ -139,7 +142,8 @@ class Service:
             raise ApiError(400, f"messages: {error}", "messages") from None
         return order, prompt
 
-    async def _aside(self, size: int, work: Callable[[], T]) -> T:
+    async def aside(self, size: int, work: Callable[[], T]) -> T:
+        """What `work` gives; in a thread of its own where the body it reads is large."""
         return await asyncio.to_thread(work) if size > ASIDE else work()
 
     async def chat(self, body: Body, caller: Caller, progress: bool = False) -> AsyncIterator[dict[str, Any]]:
@@ -172,10 +176,12 @@ class Service:
         except TaelError as error:  # who answers without writing down forgets budgets
             raise ApiError(500, f"the answer could not be written down: {error}") from None
 
-    def refused(self, endpoint: str, caller: Caller, error: ApiError) -> None:
-        """Count and log what never reached the engine."""
+    def refused(self, endpoint: str, caller: Caller | None, error: ApiError) -> None:
+        """Count and log what never reached the engine. Its message may quote what was asked: only where contents are
+        kept."""
         self.metrics.refused(endpoint, error.status)
-        self.journal.refused(endpoint, caller.name, error.status, error.message)
+        name = caller.name if caller is not None else None
+        self.journal.refused(endpoint, name, error, self.settings.log_contents)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Let something go on that nobody waits for, until `close`."""
@@ -233,16 +239,10 @@ def sampling(order: Order, hosted: Hosted, prompt: Prompt) -> list[SamplingParam
             top_p=_given(wishes.top_p, options.top_p, 1.0),
             seed=seed,
             stop_ids=tokenizer.stop_ids,
-            top_k=wishes.top_k,
-            min_p=wishes.min_p,
-            repetition_penalty=wishes.repetition_penalty,
-            presence_penalty=wishes.presence_penalty,
-            frequency_penalty=wishes.frequency_penalty,
-            logit_bias=wishes.logit_bias,
             logprobs=(options.top_logprobs or 0) if options.logprobs else None,
             stop=tuple(parsing.stop_sequences),
             thinking_budget=wishes.thinking_budget,
-            loop_guard=wishes.loop_guard,
+            **wishes.sampling,
             constraint=_constraint(order, hosted),
         )
     except TaelError as error:

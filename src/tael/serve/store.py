@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tael.cost.ledger import Count, Quantity
+from tael.cost.ledger import Count, Moment, Quantity
 from tael.database import Database, Kind, append_only
 from tael.errors import TaelError, did_you_mean
 from tael.serve.caller import LOCAL
@@ -56,8 +56,7 @@ class Served(BaseModel):
     """None: from this machine, without a key."""
     model: str
     endpoint: str
-    started: str
-    """ISO 8601; kept in UTC (a time without a zone is taken as UTC)."""
+    started: Moment
     seconds: Quantity
     first_token_seconds: Quantity | None = None
     prompt_tokens: Count
@@ -81,13 +80,6 @@ class Served(BaseModel):
         if self.cached_tokens > self.prompt_tokens or self.reasoning_tokens > self.completion_tokens:
             raise ValueError("a part of the tokens is more than all of them")
         return self
-
-    @field_validator("started")
-    @classmethod
-    def _utc(cls, value: str) -> str:
-        moment = datetime.fromisoformat(value)
-        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-        return moment.isoformat()
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,6 @@ class EngineWorker:
         self._news: News = []
         self._gone: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._on_failure, self._stopping = on_failure, False
-        self.steps = 0
         self._thread = threading.Thread(target=self._run, name="tael-engine", daemon=True)
         self._thread.start()
 
@@ -211,7 +210,6 @@ class EngineWorker:
             self._gone.add(engine)
             self._on_failure(engine)
             return
-        self.steps += 1
         tickets, found = self._tickets.get(engine, {}), {}
         for event in events:
             if event.sequence in tickets:

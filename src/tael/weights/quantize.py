@@ -70,9 +70,8 @@ FINER = {"v_proj": ("attention",), "down_proj": ("feed_forward", "shared_experts
 CALIBRATED: dict[str, Choice] = {"v_proj": "w8a8", "down_proj": "w8a8"}
 """What int4 with calibration leaves in 8 bits unless `mixed` names the matrix or its type.
 
-SmolLM2-135M, group 32, 8,192 tokens of calibration: +0.71% bits per byte on the text the choice was made on, +1.47%
-on a fresh one, at 5.63 bits a weight in the layers (6.24 with the 8-bit embedding). With v_proj alone and 16,384
-tokens, 4.63 bits (5.45): +1.87% and +2.46%.
+SmolLM2-135M, group 32 (bench/int4_quality.py): +0.89% bits per byte on the text the choice was made on, +1.62% on a
+fresh one, at 6.24 bits a weight with the 8-bit embedding. With v_proj alone +1.87% and +2.46% at 5.45 (docs/log.md).
 """
 
 _ASKED = "asked for"

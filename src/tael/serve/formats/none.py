@@ -12,7 +12,7 @@ from tael.serve.formats.base import Prompt, Starts, Translator, Way
 
 
 class NoFormat:
-    """Stands where a base model has no format; whoever wants to converse is told why not, and what goes."""
+    """Stands where a base model has no format; who wants to converse gets a TaelError that says why not."""
 
     thinks = False
     spelled: Mapping[int, str] = {}
@@ -21,15 +21,15 @@ class NoFormat:
         self._reason = reason
 
     def encode(self, conversation: recipe.Conversation, way: Way) -> Prompt:
-        """Raises TaelError."""
-        raise TaelError(f"{self._reason}; /v1/completions goes on with text")
+        raise self._refusal()
 
     def translator(self, starts: Starts = "free") -> Translator:
-        """Never asked for: `encode` comes first."""
-        raise NotImplementedError
+        raise self._refusal()
 
     def tool_grammar(
         self, tools: Sequence[recipe.ToolDefinition], required: bool, parallel: bool
     ) -> Constraint | None:
-        """Never asked for either."""
-        raise NotImplementedError
+        raise self._refusal()
+
+    def _refusal(self) -> TaelError:
+        return TaelError(f"{self._reason}; /v1/completions goes on with text")

@@ -1,6 +1,6 @@
-"""The room of the planner, which is not there yet: what it will hold, and the figures that exist today.
+"""The planner's room: what `tael plan` tells in a terminal is named, and the recipes' models are counted.
 
-They are counted from each recipe's model (`tael.model.config`); nothing here is a prediction of time or money.
+The figures are those of `tael.model.config`; nothing here is a prediction of time or money yet.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ HEADS = (
     "Recipe", "Parameters", "Active a token", "FLOPs a token, training", "at context", "Cache a token",
     "same with plain attention", "Tokens of pretraining", "FLOPs of pretraining",
 )  # fmt: skip
-COMING = (
-    "hours and dollars of every stage on a chip, or several, before anything is started",
-    "memory of weights, optimiser, activations and cache, and whether they fit",
-    "what a budget buys: the model and tokens that make the most of it",
+KNOWN_TO_PLAN = (
+    "tael plan recipes/demo.toml --measure-here: time and dollars of every stage on this machine",
+    "tael plan deepseek-v3 --chip H800 --chips 2048: layout, step, memory, hours, dollars, serving",
+    "tael plan deepseek-v3 --limits: what export limits cost, and what buys it back",
 )
 
 
@@ -35,11 +35,10 @@ def plan_page(recipes: Path = Path("recipes")) -> None:
     with ui.element("div").classes("plan"):
         text("Plan", "h1")
         with ui.element("div").classes("room"):
-            text("The planner is not there yet. It will tell, before a run:")
+            text("Predictions are not on this page yet. In a terminal, before a run:")
             with ui.element("ul"):
-                for each in COMING:
+                for each in KNOWN_TO_PLAN:
                     text(each, "li")
-            text("Until then, runs tell it while they go on, and the ledger tells it afterwards.")
         text("What the recipes' models are", "h3")
         rows, problems = recipe_figures(recipes)
         if rows:
