@@ -233,6 +233,19 @@ def test_thinking_budget(tokenizer: Tokenizer, budget: int, own: bool) -> None:
     assert watch.push(letters[0]) == Watched("a")
 
 
+def test_a_budget_that_ends_inside_a_character(tokenizer: Tokenizer) -> None:
+    """The unfinished character is dropped: no U+FFFD, and the answer cannot finish it."""
+    _, end_think, letters = ids(tokenizer)
+    emoji = [i for b in "🙂".encode() if (i := tokenizer.token_id(_byte_symbols()[b])) is not None]
+    for thought in ([letters[0], emoji[0]], [letters[0], *emoji, *emoji[:3]], emoji[:2], letters[:3]):
+        watch = Watch(SamplingParams(thinking_budget=len(thought)), tokenizer, thinking=True)
+        seen = run(watch, [*thought, end_think, *letters])
+        assert seen[len(thought) - 1].forced == (end_think,)
+        assert text_of(seen) == tokenizer.decode(thought).rstrip("\ufffd") + "abcdef"
+    watch = Watch(SamplingParams(thinking_budget=2), tokenizer, thinking=True)
+    assert "🙂" not in text_of(run(watch, [*emoji[:2], end_think, *emoji[2:], *letters]))
+
+
 def test_thoughts_that_end_in_time(tokenizer: Tokenizer) -> None:
     think, end_think, letters = ids(tokenizer)
     watch = Watch(SamplingParams(thinking_budget=2), tokenizer, thinking=True)

@@ -82,10 +82,13 @@ class Watch:
         """The next token of the answer. With a finish_reason, `text` is all that was still held back."""
         self.count += 1
         answering = not self.thinking
+        cut = token in self.forced
         self._follow_thoughts(token)
         may_stop = self.count >= self.params.min_tokens
         if token in self._stop_ids and may_stop:
             return Watched(self.finish(), "stop")
+        if cut and self._decoder:
+            self._decoder.drop()
         text = self._decoder.push(token) if self._decoder else ""
         stopped = None
         if answering and may_stop and self.params.stop:
@@ -174,6 +177,13 @@ class Detokenizer:
                 self._window, self._text, self._shown = self._window[-kept:], tail, self._shown - len(head)
                 return new
         return ""
+
+    def drop(self) -> None:
+        """Forget a character that is not whole yet: what comes next was not written to finish it."""
+        while self._window and self._shown < len(self._text):
+            self._window.pop()
+            self._text = self._tokenizer.decode(self._window)
+        self._shown = min(self._shown, len(self._text))
 
     def finish(self) -> str:
         """The rest: bytes that never became a character, as U+FFFD."""
