@@ -2,7 +2,8 @@
 
     python bench/results_page.py
 
-A result file holds `title`, `command`, `machine`, and `tables`, each with `columns`, `rows` and notes.
+A result file holds `title`, `command`, `machine`, and `tables`, each with `columns`, `rows` and notes; it may name
+`pictures`, files under docs/.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def section(result: dict[str, Any]) -> list[str]:
     for table in result["tables"]:
         lines += [*markdown_table(table["columns"], table["rows"]), ""]
         lines += [f"{note}" for note in table.get("notes", [])] + [""]
+    for picture in result.get("pictures", []):
+        lines += [f"![{result['title']}]({picture})", ""]
     where = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}"
     load = machine.get("load_at_start")
     return [

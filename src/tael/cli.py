@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import tael
-from tael import planning, shell, using
+from tael import comparing, costing, planning, shell, using
 from tael.errors import TaelError, did_you_mean
 from tael.failures import one_line
 from tael.interrupts import interruptible
@@ -101,7 +101,9 @@ def _run(path: Path, overrides: list[str], run_dir: Path | None, fresh: bool, as
 
 
 def _show_end(console: Console, directory: Path, summary: dict[str, Any], as_json: bool) -> None:
+    from tael.cost.compared import compare, summary_line
     from tael.cost.ledger import Ledger
+    from tael.cost.prediction import read_prediction
     from tael.cost.report import headline
     from tael.cost.runcosts import stage_totals, sum_totals
     from tael.cost.rundata import read_run
@@ -115,37 +117,14 @@ def _show_end(console: Console, directory: Path, summary: dict[str, Any], as_jso
             {"directory": str(directory), "summary": summary, "costs": costs, "report": str(report_page)}
         )
         return
-    console.print(cost_table(ledger, name))
+    console.print(cost_table(ledger, name, console.width))
+    prediction, _ = read_prediction(directory)
     console.print(headline(record, sum_totals(stage_totals(record, ledger))), style="bold", highlight=False)
+    if prediction is not None and (line := summary_line(compare(record, ledger, prediction), prediction)):
+        console.print(line, highlight=False, markup=False)
     console.print(f"report: {report_page}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"talk to it: tael chat {directory}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"in the browser: tael serve {directory}", highlight=False, soft_wrap=True, markup=False)
-
-
-@app.command()
-def costs(
-    run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run's name or directory; all runs if none.")
-    ] = None,
-    ledger: Annotated[Path | None, typer.Option(help="The ledger's file; runs/ledger.sqlite unless given.")] = None,
-    as_json: Json = False,
-) -> None:
-    """What runs, or the stages of one run, cost."""
-    from tael.cost.ledger import Ledger
-    from tael.cost.rundata import run_name
-    from tael.cost.tables import cost_rows, cost_table
-
-    if ledger is not None and not ledger.is_file():
-        raise TaelError(f"{ledger}: no such ledger")
-    path = ledger or RUNS / "ledger.sqlite"
-    directory = next((d for d in (Path(run or ""), RUNS / (run or "")) if run and d.is_dir()), None)
-    if directory is not None:
-        path, run = ledger or _ledger_beside(directory), run_name(directory)
-    book = Ledger(path)
-    if as_json:
-        shell.print_json(cost_rows(book, run))
-    else:
-        shell.console().print(cost_table(book, run))
 
 
 @app.command()
@@ -335,6 +314,8 @@ app.command("eval")(using.evaluate)
 app.command()(commands.serve)
 app.add_typer(keys.app, name="keys")
 app.command()(planning.plan)
+app.command()(costing.costs)
+app.command()(comparing.compare)
 
 
 # --------------------------------------------------------------------- helpers

@@ -150,7 +150,7 @@ def prepare(recipe: Recipe, directory: Path, parallel: Parallel, say: Say) -> Pr
     parallel.barrier()
     tokenizer = load_tokenizer(directory / "tokenizer")
     environment = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
-    return Prepared(recipe, directory, parallel, tokenizer, _model_config(recipe, tokenizer), environment)
+    return Prepared(recipe, directory, parallel, tokenizer, model_config(recipe, tokenizer), environment)
 
 
 def _prepare_files(recipe: Recipe, directory: Path, parallel: Parallel, say: Say) -> None:
@@ -205,7 +205,8 @@ def _make_tokenizer(recipe: Recipe, training: list[Document], say: Say) -> Token
     return tokenizer
 
 
-def _model_config(recipe: Recipe, tokenizer: Tokenizer) -> ModelConfig:
+def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's shape: the recipe's [model] with the tokenizer's ids, or its base's own."""
     if recipe.base is not None:
         return ModelConfig.load(resolve(recipe.base))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}

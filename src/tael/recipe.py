@@ -11,7 +11,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from tael.errors import TaelError, did_you_mean
 
@@ -23,11 +31,32 @@ class Settings(BaseModel):
 
 
 class PriceSettings(Settings):
-    """What an hour of this machine costs; the default is two shared cloud vCPUs at list price."""
+    """What an hour of this machine costs; the default is two shared cloud vCPUs at list price.
+
+    `prices` and `entry` take the place of `dollars_per_hour`: a price list (docs/cost.md) and a name in it.
+    """
 
     dollars_per_hour: Annotated[float, Field(ge=0)] = 0.08
+    prices: str | None = None
+    entry: str | None = None
     watts: Annotated[float, Field(gt=0)] | None = None
     """Average draw in watts, for the estimated energy column; None leaves the column empty."""
+
+    @model_validator(mode="after")
+    def _one_price(self) -> PriceSettings:
+        if (self.prices is None) != (self.entry is None):
+            raise ValueError("prices and entry go together: a price list, and a name in it")
+        if self.prices is not None and "dollars_per_hour" in self.model_fields_set:
+            raise ValueError("give dollars_per_hour, or prices and entry, not both")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what `prices` takes the place of, so that what is written can be read again."""
+        values = whole(self)
+        if self.prices is not None:
+            values.pop("dollars_per_hour", None)
+        return values
 
 
 class TokenizerSettings(Settings):
@@ -87,8 +116,8 @@ class StageSettings(Settings):
 
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the device multiplies it in hardware, else fp32."""
+    precision: Literal["auto", "bf16", "fp32", "fp8-emulated"] = "auto"
+    """auto: bf16 where the device multiplies it in hardware, else fp32. fp8-emulated: see tael.train.fp8."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2

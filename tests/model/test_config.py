@@ -86,6 +86,9 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         ModelConfig(model_type="deepseek_v2", n_group=2, topk_group=1, topk_method="greedy"),
         ModelConfig(model_type="llama", head_dim=12, attention_bias=True, num_nextn_predict_layers=1),
         ModelConfig(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+        ModelConfig(model_type="qwen3", num_key_value_heads=2, head_dim=24),
+        ModelConfig(model_type="dots1", num_key_value_heads=2, n_group=2, topk_group=1, num_nextn_predict_layers=1),
+        ModelConfig(model_type="dots1", n_routed_experts=None),
     ],
 )
 def test_written_and_read_again_it_is_the_same_model(config: ModelConfig, tmp_path: Path) -> None:
@@ -97,15 +100,17 @@ def test_written_and_read_again_it_is_the_same_model(config: ModelConfig, tmp_pa
     assert ModelConfig.load(tmp_path) == again
     derived = ["scoring", "uses_selection_bias", "normalises_gates", "kv_heads", "qk_head_dim", "has_qkv_bias"]
     plain = ["rope_theta", "rope_scaling", "rope_interleave", "rms_norm_eps", "tie_word_embeddings"]
+    if config.can_have_experts:
+        plain += ["routed_scaling_factor"]
     if config.is_mla:
-        plain += ["routed_scaling_factor", "q_lora_rank"]
+        plain += ["q_lora_rank"]
     for key in derived + plain + ["num_nextn_predict_layers"]:
         assert getattr(again, key) == getattr(config, key), key
     groups = [
         (c.n_group or 1, c.topk_group or 1, c.topk_method != "greedy" and (c.n_group or 1) > 1)
         for c in (config, again)
     ]
-    assert groups[0] == groups[1] or not (config.is_mla and config.n_routed_experts)
+    assert groups[0] == groups[1] or not (config.can_have_experts and config.n_routed_experts)
 
 
 def test_newer_spellings() -> None:

@@ -89,7 +89,7 @@ def configs(draw: Any) -> ModelConfig:
     heads = kv_heads * draw(st.integers(1, 2))
     experts = draw(st.integers(2, 5))
     return ModelConfig(
-        model_type=draw(st.sampled_from(["deepseek_v3", "deepseek_v2", "llama", "qwen2"])),
+        model_type=draw(st.sampled_from(["deepseek_v3", "deepseek_v2", "dots1", "llama", "qwen2", "qwen3"])),
         vocab_size=draw(st.integers(4, 40)),
         hidden_size=heads * 2 * draw(st.integers(1, 6)),
         intermediate_size=draw(st.integers(1, 20)),

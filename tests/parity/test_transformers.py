@@ -13,6 +13,7 @@ Where transformers and the released DeepSeek code part ways, and what Tael does:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -33,8 +34,10 @@ TOLERANCE = 1e-4
 CLASSES = {
     "deepseek_v3": "DeepseekV3",
     "deepseek_v2": "DeepseekV2",
+    "dots1": "Dots1",
     "llama": "Llama",
     "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
 }
 few = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -181,7 +184,7 @@ def dense(draw: Any, model_type: str) -> ModelConfig:
     heads = kv_heads * draw(st.integers(1, 3))
     scalings = [None, LLAMA3, {"rope_type": "linear", "factor": 4.0}, yarn(draw)]
     extra: dict[str, Any] = {}
-    if model_type == "llama":
+    if model_type in ("llama", "qwen3"):
         extra = {"attention_bias": draw(st.booleans()), "head_dim": draw(st.sampled_from([None, 6, 16]))}
     return ModelConfig(
         model_type=model_type,
@@ -224,6 +227,22 @@ def test_llama(config: ModelConfig, seed: int, batch: int, length: int) -> None:
 @given(dense("qwen2"), st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 33))
 def test_qwen2(config: ModelConfig, seed: int, batch: int, length: int) -> None:
     compare(config, seed, batch, length)
+
+
+@few
+@given(dense("qwen3"), st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 33))
+def test_qwen3(config: ModelConfig, seed: int, batch: int, length: int) -> None:
+    compare(config, seed, batch, length)
+
+
+@few
+@given(deepseek("deepseek_v3"), dense("qwen3"), st.integers(0, 2**16), st.integers(1, 33))
+def test_dots1(experts: ModelConfig, attention: ModelConfig, seed: int, length: int) -> None:
+    """V3's experts on Qwen3's attention."""
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    names = [name for name in names if "expert" in name or "group" in name or name.startswith(("first_k", "moe"))]
+    taken = {name: getattr(experts, name) for name in [*names, "norm_topk_prob", "routed_scaling_factor"]}
+    compare(dataclasses.replace(attention, model_type="dots1", **taken), seed, 2, length)
 
 
 V3_SMALL = ModelConfig(

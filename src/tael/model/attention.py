@@ -129,7 +129,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 class GroupedQueryAttention(nn.Module):
-    """Llama's and Qwen2's attention: H query heads share `num_key_value_heads` keys and values."""
+    """Llama's and Qwen's attention: H query heads share `num_key_value_heads` keys and values."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -139,12 +139,18 @@ class GroupedQueryAttention(nn.Module):
         self.q_proj = nn.Linear(d, self.heads * self.dim, bias=config.has_qkv_bias)
         self.k_proj = nn.Linear(d, kv, bias=config.has_qkv_bias)
         self.v_proj = nn.Linear(d, kv, bias=config.has_qkv_bias)
-        self.o_proj = nn.Linear(self.heads * self.dim, d, bias=config.attention_bias and config.model_type == "llama")
+        self.o_proj = nn.Linear(self.heads * self.dim, d, bias=config.has_output_bias)
+        if config.has_qk_norm:
+            self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]; with a cache, `mask` is ignored: the cache says what may be seen."""
-        query = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.dim)), rope)  # [B, T, H, d]
-        key = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.dim)), rope)
+        query = self.q_proj(x).unflatten(-1, (self.heads, self.dim))  # [B, T, H, d]
+        key = self.k_proj(x).unflatten(-1, (self.kv_heads, self.dim))
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, rope), rotate(key, rope)
         entry = torch.cat((key.flatten(2), self.v_proj(x)), dim=-1)  # [B, T, 2 kv d]
         if cache is not None:
             entry, mask = cache.append(entry)

@@ -18,14 +18,15 @@ from typing import Any
 
 from tael.errors import TaelError, did_you_mean
 
-MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "llama", "qwen2")
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "dots1", "llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """One model's shape. The defaults are a small DeepSeek-V3; see DeepSeek-V3 (2024) section 4.2 for the real one.
 
-    `model_type` llama and qwen2 mean grouped-query attention and dense layers; the MLA and MoE keys are then unused.
+    `model_type` llama, qwen2 and qwen3 mean grouped-query attention and dense layers; the MLA and MoE keys are then
+    unused. dots1 has V3's experts on grouped-query attention; it and qwen3 normalise each head's queries and keys.
     """
 
     model_type: str = "deepseek_v3"
@@ -74,6 +75,19 @@ class ModelConfig:
         return self.model_type.startswith("deepseek")
 
     @property
+    def can_have_experts(self) -> bool:
+        return self.is_mla or self.model_type == "dots1"
+
+    @property
+    def has_v3_router(self) -> bool:
+        return self.model_type in ("deepseek_v3", "dots1")
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """RMSNorm over each head's query and key, before they are rotated (Henry et al. 2020; Qwen3)."""
+        return self.model_type in ("qwen3", "dots1")
+
+    @property
     def qk_head_dim(self) -> int:
         """Width of one query head: N + P for MLA, head_dim for GQA."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim if self.is_mla else self.gqa_head_dim
@@ -89,20 +103,20 @@ class ModelConfig:
     @property
     def scoring(self) -> str:
         """How gate logits become scores: sigmoid (V3) or softmax (V2)."""
-        return self.scoring_func or ("sigmoid" if self.model_type == "deepseek_v3" else "softmax")
+        return self.scoring_func or ("sigmoid" if self.has_v3_router else "softmax")
 
     @property
     def uses_selection_bias(self) -> bool:
         """Auxiliary-loss-free balance: a bias takes part in choosing experts, not in weighing them (V3 eq. 16)."""
-        return self.model_type == "deepseek_v3"
+        return self.has_v3_router
 
     @property
     def normalises_gates(self) -> bool:
         """Whether chosen gates are scaled to sum to one; transformers' V2 ignores norm_topk_prob, and so do we."""
-        return self.model_type == "deepseek_v3" and (self.norm_topk_prob is None or self.norm_topk_prob)
+        return self.has_v3_router and (self.norm_topk_prob is None or self.norm_topk_prob)
 
     def is_moe_layer(self, index: int) -> bool:
-        return self.is_mla and bool(self.n_routed_experts) and index >= self.first_k_dense_replace
+        return self.can_have_experts and bool(self.n_routed_experts) and index >= self.first_k_dense_replace
 
     @property
     def moe_layers(self) -> list[int]:
@@ -117,7 +131,8 @@ class ModelConfig:
         if not self.is_mla:
             width, kv = h * self.gqa_head_dim, self.kv_heads * self.gqa_head_dim
             bias = width + 2 * kv if self.has_qkv_bias else 0
-            return d * (2 * width + 2 * kv) + bias + (d if self.attention_bias and self.model_type == "llama" else 0)
+            bias += d if self.has_output_bias else 0
+            return d * (2 * width + 2 * kv) + bias + (2 * self.gqa_head_dim if self.has_qk_norm else 0)
         q_out = h * self.qk_head_dim
         q = d * q_out if self.q_lora_rank is None else self.q_lora_rank * (d + 1 + q_out)
         kv = d * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
@@ -129,7 +144,12 @@ class ModelConfig:
 
     @property
     def has_qkv_bias(self) -> bool:
-        return self.model_type == "qwen2" or (self.model_type == "llama" and self.attention_bias)
+        return self.model_type == "qwen2" or (not self.is_mla and self.attention_bias)
+
+    @property
+    def has_output_bias(self) -> bool:
+        """On grouped-query attention's o_proj; Qwen2 has biases on query, key and value alone."""
+        return not self.is_mla and self.model_type != "qwen2" and self.attention_bias
 
     def feed_forward_parameters(self, index: int, *, active: bool) -> int:
         """Parameters of layer `index`'s feed-forward part; `active` counts what one token passes through."""
@@ -231,28 +251,17 @@ class ModelConfig:
         """The table for config.json, readable by transformers."""
         table = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         table["num_key_value_heads"] = self.kv_heads
+        if self.can_have_experts:
+            self._write_experts(table)
         if self.is_mla:
             table.pop("head_dim", None)
             table["q_lora_rank"] = self.q_lora_rank
-            table["n_group"], table["topk_group"] = self.n_group or 1, self.topk_group or 1
-            limited = "group_limited_greedy" if table["n_group"] > 1 else "greedy"
-            table["topk_method"] = self.topk_method or ("noaux_tc" if self.uses_selection_bias else limited)
-            table["scoring_func"] = self.scoring
-            table["norm_topk_prob"] = self.normalises_gates
-            table["n_shared_experts"] = self.n_shared_experts or 0
-            if not self.n_routed_experts:
-                table["first_k_dense_replace"] = self.num_hidden_layers + self.num_nextn_predict_layers
         else:
-            keep_out = {
-                "q_lora_rank",
-                "kv_lora_rank",
-                "scoring_func",
-                "topk_method",
-                "norm_topk_prob",
-                "rope_interleave",
-            }
-            prefixes = ("qk_", "v_head", "n_", "num_experts", "moe_", "first_k", "topk_", "routed_")
-            table = {k: v for k, v in table.items() if k not in keep_out and not k.startswith(prefixes)}
+            keep_out = {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
+            keep_out |= {"rope_interleave", "topk_method", "scoring_func"}
+            if not self.can_have_experts:
+                keep_out |= _EXPERT_KEYS
+            table = {key: value for key, value in table.items() if key not in keep_out}
             table["head_dim"] = self.gqa_head_dim
             if not self.num_nextn_predict_layers:
                 table.pop("num_nextn_predict_layers")
@@ -260,18 +269,37 @@ class ModelConfig:
             "deepseek_v3": "DeepseekV3ForCausalLM",
             "deepseek_v2": "DeepseekV2ForCausalLM",
             "llama": "LlamaForCausalLM",
+            "dots1": "Dots1ForCausalLM",
             "qwen2": "Qwen2ForCausalLM",
+            "qwen3": "Qwen3ForCausalLM",
         }
         table["architectures"] = [names[self.model_type]]
         return table
 
+    def _write_experts(self, table: dict[str, Any]) -> None:
+        table["n_group"], table["topk_group"] = self.n_group or 1, self.topk_group or 1
+        limited = "group_limited_greedy" if table["n_group"] > 1 else "greedy"
+        table["topk_method"] = self.topk_method or ("noaux_tc" if self.uses_selection_bias else limited)
+        table["scoring_func"] = self.scoring
+        table["norm_topk_prob"] = self.normalises_gates
+        table["n_shared_experts"] = self.n_shared_experts or 0
+        if not self.n_routed_experts:
+            table["first_k_dense_replace"] = self.num_hidden_layers + self.num_nextn_predict_layers
+
+
+_EXPERT_KEYS = {
+    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace",
+    "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
+}  # fmt: skip
 
 # What transformers assumes when an original config.json leaves a key out; only where it differs from ours.
 _HUGGING_FACE_DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
     "deepseek_v2": {"n_shared_experts": 2, "first_k_dense_replace": 0, "topk_method": "greedy"},
+    "dots1": {"norm_topk_prob": False, "first_k_dense_replace": 0},
     "llama": {"rms_norm_eps": 1e-6},
     "qwen2": {"rms_norm_eps": 1e-6},
+    "qwen3": {"rms_norm_eps": 1e-6, "head_dim": 128},
 }
 
 
@@ -302,8 +330,8 @@ def _check(config: ModelConfig, where: str) -> None:
     sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     if config.is_mla:
         sizes += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
-        if config.n_routed_experts:
-            sizes += ["num_experts_per_tok", "moe_intermediate_size"]
+    if config.can_have_experts and config.n_routed_experts:
+        sizes += ["num_experts_per_tok", "moe_intermediate_size"]
     for key in sizes:
         need(getattr(config, key) >= 1, f"{key} must be a whole number >= 1, not {getattr(config, key)}")
     need(config.hidden_act == "silu", f"hidden_act '{config.hidden_act}' is not supported, only 'silu'")
@@ -322,7 +350,7 @@ def _check(config: ModelConfig, where: str) -> None:
             f"num_attention_heads {config.num_attention_heads} is no multiple of "
             f"num_key_value_heads {config.kv_heads}",
         )
-    elif config.n_routed_experts:
+    if config.can_have_experts and config.n_routed_experts:
         _check_experts(config, need)
     if config.rope_scaling:
         _check_rope_scaling(config.rope_scaling, need)

@@ -152,10 +152,14 @@ class Experts(nn.Module):
         inverse[order] = torch.arange(len(order), device=order.device)
         counts = count_choices(expert, self.down_proj.shape[0])
         rows: Tensor = _Spread.apply(x, order, inverse, k)  # type: ignore[assignment]
-        gate, up = grouped_linear(rows, self.gate_up_proj, counts).chunk(2, dim=-1)
+        gate, up = self.product(rows, self.gate_up_proj, counts).chunk(2, dim=-1)
         hidden = F.silu(gate) * up * gates.flatten()[order].unsqueeze(-1).to(x.dtype)
-        out = grouped_linear(hidden, self.down_proj, counts)
+        out = self.product(hidden, self.down_proj, counts)
         return _Gather.apply(out, order, inverse, k)  # type: ignore[return-value]
+
+    def product(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """x [M, I] sorted by expert times `weight` [E, O, I] -> [M, O]."""
+        return grouped_linear(x, weight, counts)
 
 
 class MixtureOfExperts(nn.Module):

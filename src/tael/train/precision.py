@@ -20,12 +20,18 @@ from tael.model.transformer import Transformer
 Precision = Literal["bf16", "fp32"]
 
 
-def choose_precision(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> Precision:
-    """What "auto" means on `device`: bf16 where it is multiplied in hardware, else fp32.
+Wanted = Literal["auto", "bf16", "fp32", "fp8-emulated"]
+"""As recipes name it."""
+
+
+def choose_precision(wanted: Wanted, device: torch.device) -> Precision:
+    """What "auto" means on `device`: bf16 where it is multiplied in hardware, else fp32. Emulated FP8 is fp32.
 
     A CPU that has to emulate it is far slower in bf16: the demo on a Zen 3, 107 against 2,900 tokens/s (docs/log.md).
     The choice follows the hardware's features, not a measurement, so that the same machine gives the same bits.
     """
+    if wanted == "fp8-emulated":
+        return "fp32"
     if wanted != "auto":
         return wanted
     if device.type == "cpu":
@@ -36,7 +42,7 @@ def choose_precision(wanted: Literal["auto", "bf16", "fp32"], device: torch.devi
     return "bf16"
 
 
-def compute_dtype(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
+def compute_dtype(wanted: Wanted, device: torch.device) -> torch.dtype:
     """The type a stage's forward and backward pass run in."""
     return torch.bfloat16 if choose_precision(wanted, device) == "bf16" else torch.float32
 

@@ -241,6 +241,8 @@ def llama3_divisors(config: ModelConfig) -> Tensor:
 def write_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """(architecture, metadata) of a model; raises TaelError for what llama.cpp's graphs cannot express."""
     arch = "deepseek2" if config.is_mla else config.model_type
+    if arch not in ARCHITECTURES:
+        raise TaelError(f"model_type '{config.model_type}' cannot be written as GGUF yet; keep the model folder")
     table: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,

@@ -93,7 +93,9 @@ def _views(experts: nn.Module) -> Any:
 
 
 def check_shape(config: ModelConfig) -> None:
-    """Raise TaelError for a width the operator's eight lanes do not divide."""
+    """Raise TaelError for a width the operator's eight lanes do not divide, and for what it does not know."""
+    if config.has_qk_norm:
+        raise TaelError("the C++ operator does not normalise queries and keys (qwen3, dots1); use backend = 'torch'")
     names = ["hidden_size", "intermediate_size"]
     if config.is_mla:
         names += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]

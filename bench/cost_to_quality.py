@@ -1,0 +1,432 @@
+"""Equal quality for less: OpenAI's and Meta's recipes against a dense modern one and Tael's, on one corpus.
+
+    taskset -c 0 python bench/cost_to_quality.py                 everything, about three hours of one core
+    taskset -c 0 python bench/cost_to_quality.py --part race     one part: tune, race, ablate, scale, infer or report
+    python bench/cost_to_quality.py --quick                      a minute: shows that it runs, writes nothing
+
+(a) openai: transformers' GPT2LMHeadModel, (b) meta: its LlamaForCausalLM, both with AdamW and a cosine (bench/baselines.py);
+(c) modern: a dense model, Muon, residual outputs that start at zero, QK-norm (recipes/compare/modern.toml);
+(d) tael: recipes/compare/tael.toml. Same text, same tokenizer, same rows in the same order for equal seeds, fp32 (this CPU
+emulates bf16). One thread each; seconds are processor time of training steps, so that other work on the machine hardly
+counts, and the contestants of a race take turns of a few seconds. The target is what (b) ends at on its worst seed.
+
+What is measured goes to runs/cost_to_quality/curves.jsonl, training by training: an interrupted run goes on from there.
+`report` makes results/cost_to_quality.json of it. Learning rates were chosen by `tune` on a seed of its own, at a quarter of
+the steps; the steps of (c) and (d) were chosen on that seed too, so that they end a little better than (b).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from baselines import Baseline, TransformersContestant
+from common import machine, print_table, write_results
+
+from tael.compare import Contestant, Curve, Point, Record, race, standings
+from tael.compare.picture import curves_picture
+from tael.compare.recipes import RecipeContestant, setup_of
+from tael.data import Document
+from tael.engine import Engine, SamplingParams
+from tael.model import build_model
+from tael.preparation import Prepared, model_config, prepare
+from tael.recipe import Recipe, load_recipe
+from tael.train.parallel import Parallel
+from tael.weights import load_model
+
+HERE = Path(__file__).parents[1]
+WORK = HERE / "runs" / "cost_to_quality"
+RECIPES = HERE / "recipes" / "compare"
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100
+DOCUMENTS = 32
+"""Held-out documents of every evaluation: the same for all."""
+DOLLARS_PER_CORE_HOUR = 0.04
+"""Half of two shared cloud vCPUs at list price, as recipes price them."""
+
+Entrant = Recipe | Baseline
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """One size of all four: widths and layers, and how long (a) and (b), (c), and (d) train."""
+
+    hidden: int
+    layers: int
+    baseline_steps: int
+    modern_steps: int
+    tael_steps: int
+
+    @property
+    def intermediate(self) -> int:
+        return 32 * round(8 / 3 * self.hidden / 32)
+
+
+SIZES = {
+    "small": Size(96, 3, 250, 75, 75),
+    "middle": Size(128, 4, 500, 150, 150),
+    "large": Size(160, 5, 600, 180, 180),
+}
+RATES = {"openai": 3e-3, "meta": 3e-3, "modern": 1e-2, "tael": 1e-2}
+"""What `tune` chose."""
+TRIED = {
+    "openai": (3e-3, 6e-3, 1.2e-2),
+    "meta": (3e-3, 6e-3, 1.2e-2),
+    "modern": (2.5e-3, 5e-3, 1e-2),
+    "tael": (2.5e-3, 5e-3, 1e-2),
+}
+
+
+def entrant(name: str, size: Size, rate: float | None = None, steps: int | None = None, **extra: str) -> Entrant:
+    """One of the four at `size`; `extra` are overrides of (c)'s and (d)'s recipes."""
+    rate = RATES[name] if rate is None else rate
+    if name in ("openai", "meta"):
+        kind, width = ("gpt2", 4 * size.hidden) if name == "openai" else ("llama", size.intermediate)
+        return Baseline(
+            name, kind, size.hidden, size.layers, size.hidden // 32, width,  # type: ignore[arg-type]
+            steps or size.baseline_steps, 8, 256, rate,
+        )  # fmt: skip
+    own = size.modern_steps if name == "modern" else size.tael_steps
+    values: dict[str, Any] = {
+        "model.hidden_size": size.hidden,
+        "model.num_hidden_layers": size.layers,
+        "model.num_attention_heads": size.hidden // 32,
+        "model.intermediate_size": size.intermediate,
+        "stages.pretrain.steps": steps or own,
+        "stages.pretrain.optimizer.learning_rate": rate,
+    }
+    if name == "tael":
+        values |= {"model.moe_intermediate_size": expert_width(size), "model.kv_lora_rank": size.hidden // 4}
+    return load_recipe(RECIPES / f"{name}.toml", [f"{key}={value}" for key, value in (values | extra).items()])
+
+
+def expert_width(size: Size) -> int:
+    """A third of the dense width: two routed experts and the shared one together are as wide as it."""
+    return 8 * round(size.intermediate / 3 / 8)
+
+
+def renamed(entrant: Entrant, name: str) -> Entrant:
+    if isinstance(entrant, Recipe):
+        return entrant.model_copy(update={"name": name})
+    return dataclasses.replace(entrant, name=name)
+
+
+class Bench:
+    """The corpus, the record of what is finished, and the way to add to it."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.record = work, Record(work / "curves.jsonl")
+        recipe = load_recipe(RECIPES / "tael.toml")
+        work.mkdir(parents=True, exist_ok=True)
+        self.prepared: Prepared = prepare(recipe, work, Parallel(torch.device("cpu")), print)
+        self.held_out: list[Document] = self.prepared.held_out()[:DOCUMENTS]
+
+    def contestant(self, entrant: Entrant, seed: int) -> Contestant:
+        if isinstance(entrant, Baseline):
+            return TransformersContestant(entrant, seed, self.prepared, self.held_out)
+        folder = self.work / "training" / f"{entrant.name}-{seed}"
+        return RecipeContestant(entrant, seed, self.prepared, self.held_out, folder)
+
+    def run(self, entrants: Sequence[Entrant], seeds: Sequence[int]) -> list[Curve]:
+        """Race those of `entrants` that are not in the record yet, a race a seed; every curve asked for."""
+        for seed in seeds:
+            missing = [e for e in entrants if self.record.find(e.name, seed, setup(e)) is None]
+            if missing:
+                print(f"seed {seed}: {', '.join(e.name for e in missing)}", flush=True)
+                self.record.add(race([self.contestant(e, seed) for e in missing], say))
+        return self.known(entrants, seeds)
+
+    def known(self, entrants: Sequence[Entrant], seeds: Sequence[int]) -> list[Curve]:
+        found = [self.record.find(e.name, seed, setup(e)) for e in entrants for seed in seeds]
+        return [curve for curve in found if curve is not None]
+
+
+def setup(entrant: Entrant) -> str:
+    return setup_of(entrant) if isinstance(entrant, Recipe) else entrant.setup
+
+
+def say(contestant: Contestant, point: Point) -> None:
+    line = f"{contestant.name} {point.step}/{contestant.steps}: {point.bits_per_byte:.4f} bits/byte, "
+    print(line + f"{point.seconds:.0f} s, {point.tokens / point.seconds:,.0f} tokens/s", flush=True)
+
+
+# ------------------------------------------------------------------ parts
+
+
+def tuning_entrants() -> list[Entrant]:
+    """Three learning rates for each: (a) and (b) at a quarter of their steps, (c) and (d), which are short, at half."""
+    size, entrants = SIZES["middle"], []
+    for name, rates in TRIED.items():
+        steps = size.baseline_steps // 4 if name in ("openai", "meta") else size.tael_steps // 2
+        entrants += [renamed(entrant(name, size, rate, steps), f"{name} at {rate:g}") for rate in rates]
+    return entrants
+
+
+def tune(bench: Bench) -> None:
+    entrants = tuning_entrants()
+    for start in range(0, len(entrants), 3):
+        bench.run(entrants[start : start + 3], [TUNING_SEED])
+
+
+FOUR = ("openai", "meta", "modern", "tael")
+
+
+def four(size: Size) -> list[Entrant]:
+    return [entrant(name, size) for name in FOUR]
+
+
+def ablations() -> list[Entrant]:
+    """Tael's recipe with one thing changed; the whole one first."""
+    size, name = SIZES["middle"], "tael"
+    stage, model = "stages.pretrain", "model"
+    width = expert_width(size)
+    changes: dict[str, dict[str, str]] = {
+        "tael": {},
+        "MLA -> grouped-query attention": {f"{model}.model_type": '"dots1"'},
+        "experts -> dense, as wide as active": {f"{model}.n_routed_experts": "0"},
+        "no shared expert, three routed": {f"{model}.n_shared_experts": "0", f"{model}.num_experts_per_tok": "3"},
+        "16 experts of half the width": {
+            f"{model}.n_routed_experts": "16", f"{model}.num_experts_per_tok": "4",
+            f"{model}.moe_intermediate_size": str(width // 2), f"{model}.n_shared_experts": "2",
+        },
+        "auxiliary loss in place of the bias": {
+            f"{stage}.bias_update_speed": "0.0", f"{stage}.balance_loss_weight": "0.01",
+        },
+        "with multi-token prediction": {f"{model}.num_nextn_predict_layers": "1", f"{stage}.mtp_weight": "0.3"},
+        "FP8, emulated": {f"{stage}.precision": '"fp8-emulated"'},
+        "Muon -> AdamW": {
+            f"{stage}.optimizer.matrices": '"adamw"', f"{stage}.optimizer.learning_rate": str(RATES["meta"]),
+        },
+    }  # fmt: skip
+    return [renamed(entrant(name, size, **extra), label) for label, extra in changes.items()]
+
+
+def scale(bench: Bench) -> dict[str, list[Curve]]:
+    """(b), (c) and (d) at three sizes; the middle one's are the race's own, on its first seed."""
+    return {
+        name: bench.run([entrant(which, size) for which in ("meta", "modern", "tael")], SEEDS[:1])
+        for name, size in SIZES.items()
+    }
+
+
+def infer(bench: Bench) -> list[dict[str, Any]]:
+    """Bytes of cache and tokens a second at the race's sizes, both on Tael's engine (weights do not change speed)."""
+    size, rows = SIZES["middle"], []
+    with tempfile.TemporaryDirectory() as folder:
+        baseline = entrant("meta", size)
+        assert isinstance(baseline, Baseline)
+        baseline.build(bench.prepared.tokenizer.vocab_size).save_pretrained(folder)
+        models = {"meta": load_model(folder)}
+    for name in ("modern", "tael"):
+        recipe = entrant(name, size)
+        assert isinstance(recipe, Recipe)
+        models[name] = build_model(model_config(recipe, bench.prepared.tokenizer), 0)
+    engines = {name: Engine(model) for name, model in models.items()}
+    rounds: dict[str, list[float]] = {name: [] for name in engines}
+    prompt, params = [5] * 64, SamplingParams(128, temperature=0.0)
+    for index in range(6):
+        for name, engine in engines.items():
+            began = time.process_time()
+            list(engine.generate([prompt], params))
+            if index:
+                rounds[name].append(128 / (time.process_time() - began))
+    for name, model in models.items():
+        speed = statistics.median(rounds[name])
+        cache = model.config.cache_bytes_per_token()
+        rows.append({"name": name, "cache_bytes_per_token": cache, "decode_tokens_per_second": round(speed)})
+    return rows
+
+
+# ------------------------------------------------------------------ report
+
+
+def power_law(curves: Sequence[Curve]) -> tuple[float, float]:
+    """(a, b) of bits per byte = a seconds^-b, least squares over the ends of `curves` in logarithms."""
+    x = [math.log(curve.last.seconds) for curve in curves]
+    y = [math.log(curve.last.bits_per_byte) for curve in curves]
+    slope, offset = statistics.linear_regression(x, y)
+    return math.exp(offset), -slope
+
+
+def crossing(one: tuple[float, float], other: tuple[float, float]) -> float | None:
+    """Seconds at which two such laws meet; None where they are parallel."""
+    if math.isclose(one[1], other[1], rel_tol=1e-3):
+        return None
+    exponent = math.log(one[0] / other[0]) / (one[1] - other[1])
+    return math.exp(exponent) if abs(exponent) < 200 else None
+
+
+def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Tables of all that is in the record; parts that were not run are left out."""
+    middle = SIZES["middle"]
+    curves = bench.known(four(middle), SEEDS)
+    content: dict[str, Any] = {
+        "title": "Equal quality for less: four recipes on one corpus",
+        "command": "taskset -c 0 python bench/cost_to_quality.py",
+        "machine": machine() | {"transformers": transformers.__version__, "threads": 1},
+        "tables": [],
+        "curves": [curve.model_dump() for curve in curves],
+    }
+    result = standings(curves, DOLLARS_PER_CORE_HOUR, "meta")
+    content["standings"] = result.to_dict()
+    content["tables"].append(race_table(result))
+    tuning = [bench.known([e], [TUNING_SEED]) for e in tuning_entrants()]
+    if all(tuning):
+        content["tables"].append(tuning_table([found[0] for found in tuning]))
+    ablated = bench.known(ablations(), SEEDS[:2])
+    if ablated:
+        content["tables"].append(ablation_table(ablated, result.target))
+        content["ablations"] = [curve.model_dump() for curve in ablated]
+    scaled = {n: bench.known([entrant(w, s) for w in ("meta", "modern", "tael")], SEEDS[:1]) for n, s in SIZES.items()}
+    if all(len(found) == 3 for found in scaled.values()):
+        table, content["scaling"] = scaling_table(scaled)
+        content["tables"].append(table)
+    if inference:
+        content["inference"] = inference
+        rows = [[r["name"], f"{r['cache_bytes_per_token']:,}", f"{r['decode_tokens_per_second']:,}"] for r in inference]
+        notes = ["Middle size, Tael's engine for all, greedy, 64 tokens of prompt and 128 of answer, fp32, one thread. "
+                 "QK-norm (modern) runs on torch, the others on the C++ operator."]  # fmt: skip
+        content["tables"].append(
+            {"columns": ["Inference", "cache, bytes a token (16-bit)", "tokens/s"], "rows": rows, "notes": notes}
+        )
+    (HERE / "docs" / "pictures").mkdir(exist_ok=True)
+    for axis in ("seconds", "flops"):
+        drawn = curves_picture(curves, result.target, axis)
+        (HERE / "docs" / "pictures" / f"cost_to_quality_{axis}.svg").write_text(drawn, encoding="utf-8")
+    content["pictures"] = [f"pictures/cost_to_quality_{axis}.svg" for axis in ("seconds", "flops")]
+    return content
+
+
+Table = dict[str, Any]
+
+
+def _spread(values: Any, form: str) -> str:
+    return f"{values.median:{form}} ({values.low:{form}} to {values.high:{form}})"
+
+
+def race_table(result: Any) -> Table:
+    rows = []
+    for row in result.rows:
+        there = row.seconds is not None
+        rows.append([
+            row.name,
+            f"{row.parameters_total / 1e6:.2f}M / {row.parameters_active / 1e6:.2f}M",
+            f"{row.tokens_per_second:,.0f}",
+            _spread(row.final, ".3f"),
+            _spread(row.seconds, ".0f") if there else f"{row.reached} of {row.seeds} seeds",
+            f"{row.tokens.median / 1e6:.2f}M" if there else "",
+            f"{row.flops.median / 1e12:.2f}T" if there else "",
+            f"${row.dollars:.5f}" if there else "",
+            _spread(row.cheaper, ".2f") if row.cheaper else "",
+        ])  # fmt: skip
+    columns = ["recipe", "parameters / active", "tokens/s", "ends at, bits/byte", "seconds to target", "tokens", "FLOPs",
+               "dollars", "times cheaper than meta"]  # fmt: skip
+    notes = [f"Target: {result.target:.4f} held-out bits per byte, where meta ends on its worst seed. Median, least and "
+             f"most over {len(SEEDS)} seeds; the quotient is taken seed by seed. A core costs "
+             f"${DOLLARS_PER_CORE_HOUR:.2f} an hour."]  # fmt: skip
+    return {"columns": columns, "rows": rows, "notes": notes}
+
+
+def tuning_table(curves: Sequence[Curve]) -> Table:
+    rows = [[c.name, str(c.last.step), f"{c.last.bits_per_byte:.4f}", f"{c.last.seconds:.0f}"] for c in curves]
+    notes = ["Learning rates, each on a seed of its own, at a quarter of the steps."]
+    return {"columns": ["tried", "steps", "ends at, bits/byte", "seconds"], "rows": rows, "notes": notes}
+
+
+def ablation_table(curves: Sequence[Curve], target: float) -> Table:
+    """Against the whole recipe of the same seed: bits per byte at equal steps, and time."""
+    whole = {c.seed: c for c in curves if c.name == "tael"}
+    rows = []
+    for name in dict.fromkeys(c.name for c in curves):
+        own = [c for c in curves if c.name == name and c.seed in whole]
+        gaps = [c.last.bits_per_byte - whole[c.seed].last.bits_per_byte for c in own]
+        times = [c.last.seconds / whole[c.seed].last.seconds for c in own]
+        reached = [c.interpolated(target) for c in own]
+        seconds = [s for s in reached if s is not None]
+        rows.append([
+            name,
+            f"{own[0].parameters_total / 1e6:.2f}M / {own[0].parameters_active / 1e6:.2f}M",
+            f"{statistics.mean(c.last.bits_per_byte for c in own):.4f}",
+            " ".join(f"{gap:+.4f}" for gap in gaps),
+            f"{statistics.mean(times):.2f}",
+            f"{statistics.mean(seconds):.0f}" if len(seconds) == len(own) else "not reached",
+            f"{own[0].cache_bytes_per_token:,}",
+        ])  # fmt: skip
+    columns = ["Tael's recipe", "parameters / active", "ends at, bits/byte", "change, by seed", "time a step", "seconds to target",
+               "cache, bytes a token"]  # fmt: skip
+    notes = ["Equal steps and batches; time a step over the whole recipe's. Seconds to the race's target, a straight line "
+             "between evaluations. Emulated FP8 shows quality alone: it computes in fp32 and saves nothing here."]  # fmt: skip
+    return {"columns": columns, "rows": rows, "notes": notes}
+
+
+def scaling_table(scaled: dict[str, list[Curve]]) -> tuple[Table, dict[str, Any]]:
+    rows, laws = [], {}
+    for size, curves in scaled.items():
+        for c in curves:
+            rows.append([
+                f"{size}: {c.name}", f"{c.parameters_total / 1e6:.2f}M", f"{c.last.tokens / 1e6:.2f}M",
+                f"{c.last.flops / 1e12:.2f}T", f"{c.last.seconds:.0f}", f"{c.last.bits_per_byte:.4f}",
+            ])  # fmt: skip
+    for name in ("meta", "modern", "tael"):
+        laws[name] = power_law([c for curves in scaled.values() for c in curves if c.name == name])
+    notes = [
+        "bits per byte = a x seconds^-b: "
+        + "; ".join(f"{name} {a:.3f}, {b:.4f}" for name, (a, b) in laws.items())
+        + ". Three points a line, one seed: a direction, not a law."
+    ]
+    crossings = {f"{one} and {other}": crossing(laws[one], laws[other]) for one, other in PAIRS}
+    for pair, seconds in crossings.items():
+        notes.append(f"{pair}: " + ("no crossing" if seconds is None else f"the lines cross at {seconds:.3g} core-seconds"))
+    columns = ["size", "parameters", "tokens", "FLOPs", "seconds", "ends at, bits/byte"]
+    return {"columns": columns, "rows": rows, "notes": notes}, {"laws": laws, "crossings": crossings}
+
+
+PAIRS = (("modern", "tael"), ("meta", "tael"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("tune", "race", "ablate", "scale", "infer", "report")
+    parser.add_argument("--part", choices=parts, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--quick", action="store_true", help="a few steps of all four, no file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(Path(folder))
+            entrants = [entrant(name, SIZES["small"], steps=4) for name in FOUR]
+            print_rows(race_table(standings(bench.run(entrants, [0]), DOLLARS_PER_CORE_HOUR, "meta")))
+        return
+    chosen, bench = options.part or parts, Bench(WORK)
+    if "tune" in chosen:
+        tune(bench)
+    if "race" in chosen:
+        bench.run(four(SIZES["middle"]), SEEDS)
+    if "ablate" in chosen:
+        bench.run(ablations(), SEEDS[:2])
+    if "scale" in chosen:
+        scale(bench)
+    if "report" in chosen:
+        content = report(bench, infer(bench) if "infer" in chosen else None)
+        for table in content["tables"]:
+            print_rows(table)
+        print("written:", write_results("cost_to_quality", content).name)
+
+
+def print_rows(table: Table) -> None:
+    print_table("", table["columns"], table["rows"])
+    for note in table["notes"]:
+        print(note)
+
+
+if __name__ == "__main__":
+    main()
