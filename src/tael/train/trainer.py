@@ -28,6 +28,7 @@ from tael.model.transformer import Transformer
 from tael.recipe import StageSettings
 from tael.train.balance import expert_load, update_selection_bias
 from tael.train.checkpoint import load_latest, save_checkpoint
+from tael.train.fp8 import emulate_fp8
 from tael.train.objective import Objective
 from tael.train.optim import Optimizer
 from tael.train.parallel import Parallel
@@ -112,6 +113,8 @@ class Trainer:
         parallel = setup.parallel
         dtype = compute_dtype(settings.precision, parallel.device)
         model.to(parallel.device)
+        if settings.precision == "fp8-emulated":
+            emulate_fp8(model)
         self.model = parallel.shard(model, dtype)
         # Under fully_shard the mixed-precision policy is the twin.
         self.twin = Twin(self.model, dtype if parallel.mesh is None else torch.float32)
@@ -128,7 +131,7 @@ class Trainer:
             if resumed_at == 0:
                 self._evaluate()
             while self.result.steps < setup.steps:
-                self._step()
+                self.step()
                 self.result.seconds = before + time.perf_counter() - began
                 done = self.result.steps
                 if done % setup.settings.eval_every == 0 or done == setup.steps:
@@ -143,7 +146,8 @@ class Trainer:
 
     # ---------------------------------------------------------------- one step
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One training step, logged; `run` takes them all. For callers that take turns between several trainers."""
         setup, began = self.setup, time.perf_counter()
         step = self.result.steps
         batch = self.source.batch(step, self.twin.compute)
