@@ -211,3 +211,9 @@ def ledger(tmp_path: Path) -> Ledger:
 @pytest.fixture
 def hostile() -> str:
     return HOSTILE
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of recipes are kept in the cache folder: not in the user's."""
+    monkeypatch.setenv("TAEL_CACHE", str(tmp_path / "cache"))

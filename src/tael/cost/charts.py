@@ -284,6 +284,40 @@ def imbalance_figure(run: RunRecord) -> Figure | None:
     return {"data": [_line(x, y, "busiest expert / mean", BLUE)], "layout": layout}
 
 
+def prediction_figure(stages: list[tuple[str, float, float]]) -> Figure | None:
+    """(name, predicted, measured) seconds as pairs of bars, the predicted ones hatched; None without any."""
+    if not stages:
+        return None
+    longest = max(max(one, other) for _, one, other in stages)
+    divisor, unit = next(pair for pair in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+                         if longest >= 3 * pair[0] or pair[0] == 1)  # fmt: skip
+    names = [_plain(name) for name, _, _ in stages]
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "y": names,
+            "x": [seconds / divisor for seconds in values],
+            "name": words,
+            "marker": {"color": colour, "pattern": {"shape": shape, "fgcolor": SURFACE, "solidity": 0.3}},
+            "hovertemplate": f"%{{x:.3g}} {unit}",
+        }
+        for values, words, colour, shape in (
+            ([one for _, one, _ in stages], "predicted", BLUE, "/"),
+            ([other for _, _, other in stages], "measured", ORANGE, ""),
+        )
+    ]
+    layout = _layout(
+        90 + 54 * len(stages),
+        barmode="group",
+        bargap=0.3,
+        hovermode="y unified",
+        xaxis=_axis(title=unit, rangemode="tozero"),
+        yaxis=_axis(autorange="reversed", showgrid=False),
+    )
+    return {"data": traces, "layout": layout}
+
+
 def _plain(text: str) -> str:
     """Plotly reads a small HTML in labels; a stage's name is shown as it is."""
     return text.replace("&", "&amp;").replace("<", "&lt;")

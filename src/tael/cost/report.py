@@ -19,7 +19,9 @@ import jinja2
 from markupsafe import Markup
 
 from tael.cost import charts, units
+from tael.cost.compared import Compared, compare
 from tael.cost.ledger import Ledger, Total
+from tael.cost.prediction import Prediction, read_prediction
 from tael.cost.runcosts import stage_totals, sum_totals
 from tael.cost.rundata import MODES, RunRecord, Sample, StageRecord, number, read_accuracy, read_run
 from tael.cost.tables import cost_cells
@@ -71,6 +73,15 @@ class CostLine:
     cells: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """The section of what was predicted: how and when, its rows, and a chart of times once there is one."""
+
+    how: str
+    stages: list[Compared]
+    figure: Figure | None
+
+
 def write_report(run_directory: Path, ledger: Ledger | None) -> Path:
     """Write `report.html` into the run directory and return its path; works at any point of a run.
 
@@ -91,6 +102,7 @@ def render(run: RunRecord, ledger: Ledger | None) -> str:
     """The page as text."""
     totals = stage_totals(run, ledger)
     whole = sum_totals(totals)
+    prediction, prediction_note = read_prediction(run.directory)
     template_folder = files("tael.cost") / "templates"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string((template_folder / "report.html.j2").read_text(encoding="utf-8"))
@@ -106,6 +118,8 @@ def render(run: RunRecord, ledger: Ledger | None) -> str:
         costs=[CostLine(total.key, _status(run, total), cost_cells(total)) for total in totals],
         whole=cost_cells(whole),
         cost_note=_cost_note(whole),
+        predicted=predicted(run, ledger, prediction),
+        prediction_note=prediction_note,
         environment=sorted((str(key), _shown(value)) for key, value in run.environment.items()),
         plotly=Markup(plotly),
         script=Markup(script),
@@ -254,6 +268,19 @@ def _balance(run: RunRecord) -> list[Figure | None]:
     words = "1 would be perfect balance; stages stand end to end."
     result.append(_figure("imbalance", "Busiest expert over time", charts.imbalance_figure(run), words))
     return result
+
+
+def predicted(run: RunRecord, ledger: Ledger | None, prediction: Prediction | None) -> Predicted | None:
+    """What plan.json says beside what was measured; None where there is none."""
+    if prediction is None:
+        return None
+    stages = compare(run, ledger, prediction)
+    begun = [(s.name, s.predicted.seconds, s.measured.seconds) for s in stages if s.measured is not None]
+    words = "; ".join(
+        f"{name} {units.duration(one)} predicted, {units.duration(other)} measured" for name, one, other in begun
+    )
+    figure = _figure("predicted", "Time, predicted and measured", charts.prediction_figure(begun), f"{words}.")
+    return Predicted(prediction.how, stages, figure)
 
 
 def sample_pairs(run: RunRecord) -> list[tuple[str, int, list[Pair]]]:
