@@ -44,6 +44,10 @@ def plan(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    link: Annotated[
+        float | None,
+        typer.Option(metavar="GB/S", help="The link's speed, one direction, whatever it is.", rich_help_panel=_CHIP),
+    ] = None,
     cut_link: Annotated[
         float | None, typer.Option(metavar="GB/S", help="Cut the link, one direction.", rich_help_panel=_CHIP)
     ] = None,
@@ -95,8 +99,8 @@ def plan(
         raise TaelError("--set and --measure-here go with a recipe (a .toml file)")
     request = Request(
         target=target, chip=chip, chips=chips, tokens=tokens, sequence=sequence, batch_tokens=batch_tokens,
-        precision=precision, price=price, layout=layout, cut_link=cut_link, cap_tpp=cap_tpp, without=without,
-        serving_chips=serving_chips, context=context, speed=speed, price_list=price_list,
+        precision=precision, price=price, layout=layout, link=link, cut_link=cut_link, cap_tpp=cap_tpp,
+        without=without, serving_chips=serving_chips, context=context, speed=speed, price_list=price_list,
     )  # fmt: skip
     if limits:
         _limits(request, as_json)
@@ -124,14 +128,22 @@ def _recipe(path: Path, overrides: list[str], measured: bool, price: float | Non
     from tael.recipe import load_recipe
 
     recipe = load_recipe(path, overrides)
-    from tael.cost.here import plan_recipe  # brings in torch: check the recipe first
-    from tael.preparation import check_recipe
+    import torch  # slow: check the recipe first
+
+    from tael.cost.here import plan_recipe
+    from tael.cost.kept import keep, price_now
+    from tael.cost.prediction import Machine
+    from tael.preparation import check_recipe, processor_name
 
     check_recipe(recipe)
-    per_hour = recipe.price.dollars_per_hour if price is None else price
-    stages = [stage.to_dict(per_hour, recipe.price.watts) for stage in plan_recipe(recipe, measured=measured)]
+    per_hour = price_now(recipe) if price is None else price
+    plans = plan_recipe(recipe, measured=measured)
+    kept = keep(recipe, plans, measured, Machine(processor_name(), torch.get_num_threads()))
+    stages = [stage.to_dict(per_hour, recipe.price.watts) for stage in plans]
     answer = plan_views.recipe_answer(recipe.name, stages, per_hour, measured)
-    _say(answer, [plan_views.recipe_table(answer)], as_json)
+    _say({**answer, "kept": kept}, [plan_views.recipe_table(answer)], as_json)
+    if kept and not as_json:
+        shell.console().print("kept: the run's report will show it beside what is measured", highlight=False)
 
 
 def _say(answer: dict[str, Any], tables: list[Any], as_json: bool) -> None:

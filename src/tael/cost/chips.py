@@ -86,6 +86,11 @@ def cut_link(chip: Chip, bandwidth: float) -> Chip:
     return replace(chip, name=f"{chip.name} (link cut)", link_bandwidth=min(chip.link_bandwidth, bandwidth))
 
 
+def set_link(chip: Chip, bandwidth: float) -> Chip:
+    """The chip with its link at `bandwidth` bytes a second each way, less or more than it has."""
+    return replace(chip, name=f"{chip.name} (link {bandwidth / 1e9:g} GB/s)", link_bandwidth=bandwidth)
+
+
 def cap_performance(chip: Chip, tpp: float) -> Chip:
     """The chip slowed so that its total processing performance is at most `tpp`; memory and links stay."""
     if tpp <= 0:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tael.cost.chips import BITS, Chip, find_chip
+from tael.cost.chips import BITS, Chip, find_chip, set_link
 from tael.cost.layout import Layout
 from tael.cost.named import NamedModel, find_model
 from tael.cost.planner import Run, plan_training
 from tael.cost.serving import Service, plan_serving
 from tael.cost.shapes import shape_of
-from tael.cost.what_if import changed_chip
+from tael.cost.what_if import GB, changed_chip
 from tael.errors import TaelError, did_you_mean
 from tael.model.config import ModelConfig
 
@@ -36,6 +36,7 @@ class Request:
     precision: str | None = None
     price: float | None = None
     layout: str | None = None
+    link: float | None = None
     cut_link: float | None = None
     cap_tpp: float | None = None
     without: str | None = None
@@ -58,7 +59,14 @@ class Request:
         return find_model(self.target)
 
     def hardware(self) -> Chip:
-        return changed_chip(find_chip(self.chip), self.cut_link, self.cap_tpp, self.without)
+        chip = find_chip(self.chip)
+        if self.link is not None:
+            if self.cut_link is not None:
+                raise TaelError("--link and --cut-link both say how fast the link is; give one")
+            if not 0 < self.link < 1e9:
+                raise TaelError(f"--link must be above 0 GB/s, not {self.link:g}")
+            chip = set_link(chip, self.link * GB)
+        return changed_chip(chip, self.cut_link, self.cap_tpp, self.without)
 
     def run(self) -> Run:
         """The run with every blank filled; raises TaelError for what cannot be."""

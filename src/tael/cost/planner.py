@@ -13,7 +13,7 @@ from tael.cost.chips import Chip, find_chip
 from tael.cost.layout import Layout, check_layout, layouts
 from tael.cost.memory import Memory, training_memory
 from tael.cost.shapes import Flops, Shape
-from tael.cost.timing import Constants, StepModel, StepTime, goodput, with_recompute
+from tael.cost.timing import Constants, StepModel, StepTime, Transfer, goodput, with_recompute
 from tael.errors import TaelError
 
 MEAN_LOAD = 0.85
@@ -48,6 +48,7 @@ class Plan:
     precision: str
     layout: Layout
     step: StepTime
+    communication: dict[str, Transfer]
     memory: Memory
     flops: Flops
     sequences: float
@@ -106,6 +107,7 @@ class Plan:
             "layout": {**self.layout.to_dict(), "text": str(self.layout)},
             "step_seconds": self.step.total,
             "step_by_part": self.step.to_dict(),
+            "communication_by_kind": {kind: dict(vars(each)) for kind, each in self.communication.items()},
             "steps": self.steps,
             "goodput": self.goodput,
             "tokens_per_second_per_device": self.tokens_per_second,
@@ -141,6 +143,7 @@ def plan_training(run: Run, constants: Constants | None = None, layout: Layout |
         precision=model.precision,
         layout=best[0],
         step=best[1],
+        communication=model.communication(best[0], sequences),
         memory=training_memory(run.shape, run.chip, best[0], run.sequence, model.precision),
         flops=run.shape.flops(run.sequence / 2),
         sequences=sequences,

@@ -60,6 +60,15 @@ class StepTime:
         return {**{part: getattr(self, part) for part in parts}, "hidden_communication": self.hidden_communication}
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """Seconds of one kind of communication in a step."""
+
+    exposed: float
+    hidden: float
+    """Behind compute; no part of the step's total."""
+
+
 class StepModel:
     """Times layouts of one model on one kind of chip; what does not depend on the layout is worked out once."""
 
@@ -96,11 +105,7 @@ class StepModel:
     def step(self, layout: Layout, sequences: float) -> StepTime:
         """Seconds of a step over `sequences` sequences under `layout`."""
         c = self.constants
-        micros = max(1, math.ceil(sequences / (layout.data * layout.micro_batch) - 1e-9))
-        tokens = layout.micro_batch * self.sequence / layout.context
-        stage = math.ceil(self.shape.layers / layout.pipeline) / self.shape.layers
-        compute = tokens * self.token_seconds(layout.recompute) * stage / layout.tensor
-        compute = max(compute, self._weight_seconds(layout)) / c.sustained
+        micros, tokens, compute = self._micro(layout, sequences)
         tensor = self._tensor_seconds(layout, tokens)
         beside = self._beside_seconds(layout, tokens) + self._data_seconds(layout, micros) / micros
         exposed = max((1 - c.hidden) * beside, beside - compute)
@@ -113,6 +118,35 @@ class StepModel:
             optimiser=self._optimiser_seconds(layout),
             hidden_communication=micros * (beside - exposed),
         )
+
+    def communication(self, layout: Layout, sequences: float) -> dict[str, Transfer]:
+        """The step's communication by what it is for. The exposed parts add up to the step's `communication`.
+
+        What hides behind compute is not told apart by kind in the model of time: every kind beside tensor
+        parallelism is taken to hide in the same proportion.
+        """
+        micros, tokens, compute = self._micro(layout, sequences)
+        beside = {
+            "expert": self._expert_seconds(layout, tokens),
+            "pipeline": self._pipeline_seconds(layout, tokens),
+            "context": self._context_seconds(layout, tokens),
+            "data": self._data_seconds(layout, micros) / micros,
+        }
+        whole = sum(beside.values())
+        exposed = max((1 - self.constants.hidden) * whole, whole - compute)
+        share = exposed / whole if whole else 0.0
+        kinds = {"tensor": Transfer(micros * self._tensor_seconds(layout, tokens), 0.0)}
+        for kind, seconds in beside.items():
+            kinds[kind] = Transfer(micros * seconds * share, micros * seconds * (1 - share))
+        return kinds
+
+    def _micro(self, layout: Layout, sequences: float) -> tuple[int, float, float]:
+        """(micro-batches of a data rank, tokens of one on a device, compute seconds of one)."""
+        micros = max(1, math.ceil(sequences / (layout.data * layout.micro_batch) - 1e-9))
+        tokens = layout.micro_batch * self.sequence / layout.context
+        stage = math.ceil(self.shape.layers / layout.pipeline) / self.shape.layers
+        compute = tokens * self.token_seconds(layout.recompute) * stage / layout.tensor
+        return micros, tokens, max(compute, self._weight_seconds(layout)) / self.constants.sustained
 
     def _weight_seconds(self, layout: Layout) -> float:
         """Reading a stage's weights from memory three times: what a small micro-batch cannot go below."""
@@ -132,28 +166,44 @@ class StepModel:
 
     def _beside_seconds(self, layout: Layout, tokens: float) -> float:
         """Expert dispatch and combine, pipeline and context transfers of one micro-batch."""
+        return (
+            self._expert_seconds(layout, tokens)
+            + self._pipeline_seconds(layout, tokens)
+            + self._context_seconds(layout, tokens)
+        )
+
+    def _expert_seconds(self, layout: Layout, tokens: float) -> float:
+        """Dispatch and combine, forward and backward."""
+        if layout.expert == 1 or not self._chosen:
+            return 0.0
         chip, shape, c = self.chip, self.shape, self.constants
         stage = math.ceil(shape.layers / layout.pipeline) / shape.layers
-        total = 0.0
-        if layout.expert > 1 and self._chosen:
-            members = group(chip, layout.expert, layout.tensor)
-            there = 1.0 if self.precision in ("fp8", "fp4") else 2.0
-            row = (there + 2.0) * shape.hidden  # dispatch in fp8 where trained so, combine in bf16 (V3, 3.3.3)
-            mine = tokens / layout.tensor
-            limit = shape.node_limit
-            once = dispatch(chip, members, mine, row, self._chosen, limit, c.bandwidth)
-            total += 2.0 * self._moe_layers * stage * once  # forward and backward
-        if layout.pipeline > 1:
-            size = tokens * shape.hidden * 2.0 / layout.tensor
-            inner = layout.tensor * layout.data * layout.context
-            once = point_to_point(chip, size, remote=inner >= chip.domain, efficiency=c.bandwidth)
-            total += 2.0 * rounds(shape, layout.pipeline) * once
-        if layout.context > 1:
-            kv = sum(block.count * block.attention.kv_heads * (block.attention.qk + block.attention.v)
-                     for block in shape.blocks)  # fmt: skip
-            size = tokens * layout.context * kv * 2.0 * stage / layout.tensor
-            total += 3.0 * all_gather(chip, group(chip, layout.context, layout.tensor), size, c.bandwidth)
-        return total
+        members = group(chip, layout.expert, layout.tensor)
+        there = 1.0 if self.precision in ("fp8", "fp4") else 2.0
+        row = (there + 2.0) * shape.hidden  # dispatch in fp8 where trained so, combine in bf16 (V3, 3.3.3)
+        once = dispatch(chip, members, tokens / layout.tensor, row, self._chosen, shape.node_limit, c.bandwidth)
+        return 2.0 * self._moe_layers * stage * once
+
+    def _pipeline_seconds(self, layout: Layout, tokens: float) -> float:
+        """A stage's outputs to the next stage, and their gradients back."""
+        if layout.pipeline == 1:
+            return 0.0
+        size = tokens * self.shape.hidden * 2.0 / layout.tensor
+        inner = layout.tensor * layout.data * layout.context
+        once = point_to_point(self.chip, size, remote=inner >= self.chip.domain, efficiency=self.constants.bandwidth)
+        return 2.0 * rounds(self.shape, layout.pipeline) * once
+
+    def _context_seconds(self, layout: Layout, tokens: float) -> float:
+        """Keys and values of a sequence's other parts, three times."""
+        if layout.context == 1:
+            return 0.0
+        shape = self.shape
+        stage = math.ceil(shape.layers / layout.pipeline) / shape.layers
+        kv = sum(block.count * block.attention.kv_heads * (block.attention.qk + block.attention.v)
+                 for block in shape.blocks)  # fmt: skip
+        size = tokens * layout.context * kv * 2.0 * stage / layout.tensor
+        members = group(self.chip, layout.context, layout.tensor)
+        return 3.0 * all_gather(self.chip, members, size, self.constants.bandwidth)
 
     def _data_seconds(self, layout: Layout, micros: int) -> float:
         """Gradients to their shards and weights back, once a step.
