@@ -48,7 +48,9 @@ def main() -> None:
 
     serve_static()
     add_reports(book, asks)
-    ui.run_with(app, dark=None, tailwind=False, storage_secret="for tests", show_welcome_message=False)
+    ui.run_with(
+        app, dark=None, tailwind=False, storage_secret="for tests", show_welcome_message=False, reconnect_timeout=30.0
+    )  # patience as in add_pages: a busy machine is late
     listener = socket.create_server(("localhost", 0))
     print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

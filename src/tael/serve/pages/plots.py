@@ -134,22 +134,28 @@ def chart(curves: Iterable[Curve], axis: Axis, quantity: Quantity) -> Figure:
     curves = list(curves)
     scale, horizontal = _horizontal(axis, max((curve.series.along(axis)[-1] for curve in curves), default=0.0))
     traces = [_trace(curve, axis, scale, quantity) for curve in curves]
-    vertical = _axis(quantity.unit) | ({"tickformat": ".0%", "rangemode": "tozero"} if quantity.share else {})
+    vertical = axis_of(quantity.unit) | ({"tickformat": ".0%", "rangemode": "tozero"} if quantity.share else {})
     if quantity.form == ".3s":
         vertical |= {"tickformat": "~s", "rangemode": "tozero"}
     if quantity.unit == "learning rate":  # a constant one would else stand in the middle of -1 to 1
         vertical |= {"rangemode": "tozero", "exponentformat": "power"}
+    across = axis_of(horizontal, showgrid=False, rangemode="tozero")
+    across |= {"tickprefix": "$"} if axis == "dollars" else {"tickformat": "~s"} if axis == "tokens" else {}
+    return ground(traces, across, vertical)
+
+
+def ground(traces: list[dict[str, Any]], across: dict[str, Any], vertical: dict[str, Any]) -> Figure:
+    """A figure of `traces` over two axes, in the look that all charts share."""
     layout = {
         "height": 260,
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 12.5, "color": GREY},
-        "hovermode": "x unified" if len(curves) < 7 else "closest",
-        "showlegend": len(curves) > 1,
+        "hovermode": "x unified" if len(traces) < 7 else "closest",
+        "showlegend": len(traces) > 1,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "xanchor": "left"},
-        "xaxis": _axis(horizontal, showgrid=False, rangemode="tozero")
-        | ({"tickprefix": "$"} if axis == "dollars" else {"tickformat": "~s"} if axis == "tokens" else {}),
+        "xaxis": across,
         "yaxis": vertical,
     }
     return {"data": traces, "layout": layout, "config": {"displayModeBar": False, "scrollZoom": False}}
@@ -184,7 +190,8 @@ def _horizontal(axis: Axis, largest: float) -> tuple[float, str]:
     return 1, {"steps": "steps", "tokens": "tokens", "dollars": "dollars"}[axis]
 
 
-def _axis(words: str, **more: Any) -> dict[str, Any]:
+def axis_of(words: str, **more: Any) -> dict[str, Any]:
+    """An axis with its words and unit."""
     title = {"text": words, "standoff": 6, "font": {"size": 12.5}}
     base = {"title": title, "gridcolor": GREY, "zeroline": False, "automargin": True, "fixedrange": True, "nticks": 6}
     return base | more

@@ -37,7 +37,7 @@ STYLE = Path(__file__).with_name("static") / "runs.css"
 def runs_page(runbook: RunBook, caller: Caller | None) -> None:
     """The content of /runs. `caller` None may look, not start or stop."""
     add_style()
-    ui.add_head_html(_QUIET)
+    ui.add_head_html(QUIET)
     RunsPage(runbook, may_steer=caller is not None).build(dict(ui.context.client.request.query_params))
 
 
@@ -55,7 +55,7 @@ def add_reports(runbook: RunBook, asks: Callable[[Request], Caller | None]) -> N
 
 
 # NiceGUI begins to watch a plot's size after plotly has come; one that was taken away meanwhile then complains.
-_QUIET = """<script>addEventListener("unhandledrejection", (event) => {
+QUIET = """<script>addEventListener("unhandledrejection", (event) => {
   if (String(event.reason).includes("must be passed a displayed plot")) event.preventDefault();
 });</script>"""
 
