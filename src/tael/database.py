@@ -46,6 +46,13 @@ class Kind:
     table: str
     """One that every such file has: ids may be alike."""
     schema: tuple[str, ...]
+    upgrades: tuple[tuple[str, ...], ...] = ()
+    """What brings a file of each earlier version to the one after it, the oldest first; of `version` in the end."""
+
+    @property
+    def oldest(self) -> int:
+        """The oldest version that is still read."""
+        return self.version - len(self.upgrades)
 
     def advice(self, code: int) -> str | None:
         """What to do about an error of SQLite's."""
@@ -59,7 +66,8 @@ class Kind:
 class Database:
     """One connection to the file at `path`, for threads to take in turn; the file is made if it is not there.
 
-    `tune` is done to the connection, `prepare` to the file, within the transaction that makes or finds its tables.
+    `tune` is done to the connection, `prepare` to the file, within the transaction that makes or finds its tables. A
+    file of an earlier version is brought up to this one, by the same transaction.
     Raises TaelError when the file is damaged, foreign, or written by a newer Tael; so does every use, in one line.
     """
 
@@ -68,7 +76,7 @@ class Database:
         path: str | Path,
         kind: Kind,
         tune: Tuning = lambda connection: None,
-        prepare: Tuning = lambda connection: None,
+        prepare: Tuning | None = None,
     ) -> None:
         self.path, self._kind = Path(path), kind
         self._tune, self._prepare = tune, prepare
@@ -128,34 +136,44 @@ class Database:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         self._tune(connection)
-        if self._is_ours(connection):
-            if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-                raise self.damaged()
-        else:
+        found = self._version(connection)
+        if not found:
             connection.execute("PRAGMA journal_mode = WAL")
+        elif connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise self.damaged()
+        if found == self._kind.version and self._prepare is None:
+            return
         with _transaction(connection):
-            if not self._is_ours(connection):  # asked again: another process may have been faster
-                for statement in self._kind.schema:
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {self._kind.application_id}")
-                connection.execute(f"PRAGMA user_version = {self._kind.version}")
-            self._prepare(connection)
+            self._bring_up(connection, self._version(connection))  # asked again: another process may have been faster
+            if self._prepare is not None:
+                self._prepare(connection)
 
-    def _is_ours(self, connection: sqlite3.Connection) -> bool:
-        """True: a file this version reads; False: an empty one. Anything else raises TaelError."""
+    def _bring_up(self, connection: sqlite3.Connection, found: int) -> None:
+        """Make the tables, or what they lack, of a file of version `found` (0: empty)."""
+        kind = self._kind
+        if found == kind.version:
+            return
+        steps = kind.upgrades[found - kind.oldest :] if found else (kind.schema,)
+        for statement in (each for step in steps for each in step):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {kind.application_id}")
+        connection.execute(f"PRAGMA user_version = {kind.version}")
+
+    def _version(self, connection: sqlite3.Connection) -> int:
+        """That of the file, if it can be read; 0: an empty one. Anything else raises TaelError."""
         # In this order: another process may write all three at once in between.
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if application == 0 and tables == 0:
-            return False
+            return 0
         if application != self._kind.application_id or not has(connection, self._kind.table):
             raise TaelError(f"{self.path}: {self._kind.advice(sqlite3.SQLITE_NOTADB)}")
-        if version != self._kind.version:
+        if not self._kind.oldest <= version <= self._kind.version:
             raise TaelError(
                 f"{self.path}: schema {version}, this Tael reads {self._kind.version}; use the Tael that wrote it"
             )
-        return True
+        return version
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from tael.cost.ledger import Ledger
-from tael.cost.prices import dollars, energy
+from tael.cost.prices import dollars
 from tael.errors import TaelError
 
 WRITER = """
@@ -130,6 +132,26 @@ def test_entries_written_before_kill_9_survive(tmp_path):
     assert integrity(path) == "ok"
 
 
+def test_a_writer_that_is_killed_leaves_the_others_writing(tmp_path):
+    """kill -9 of one of four, at a moment of chance: what any of them reported is there, whole and in order."""
+    generator = random.Random(3)
+    for round_ in range(3):
+        path = tmp_path / f"{round_}.sqlite"
+        writers = [write_elsewhere(path, f"run{i}", 100_000 if i == 0 else 25) for i in range(4)]
+        dying = writers[0].stdout
+        assert dying is not None
+        said = [[dying.readline() for _ in range(1 + generator.randrange(15))]]
+        writers[0].kill()
+        said[0] += dying.read().splitlines()
+        said += [writer.communicate(timeout=120)[0].splitlines() for writer in writers[1:]]
+        assert [writer.wait() for writer in writers] == [-signal.SIGKILL, 0, 0, 0]
+        for number, lines in enumerate(said):
+            kept = [entry.tokens for entry in Ledger(path).entries(f"run{number}")]
+            assert kept == list(range(len(kept))) and len([line for line in lines if line.strip()]) <= len(kept)
+            assert number == 0 or len(kept) == 25
+        assert integrity(path) == "ok"
+
+
 def test_four_processes_write_at_once_into_a_new_file(tmp_path):
     path = tmp_path / "l.sqlite"
     writers = [write_elsewhere(path, f"run{i}", 40) for i in range(4)]
@@ -155,13 +177,59 @@ def test_foreign_newer_and_damaged_files_are_one_line_errors(tmp_path, ledger):
     content = bytearray(ledger.path.read_bytes())
     content[4096:] = b"\xa5" * (len(content) - 4096)
     damaged.write_bytes(content)
-    words = {text: "not a Tael ledger", other: "not a Tael ledger", newer: "schema 9", damaged: "damaged"}
+    words = {
+        text: "not a file of Tael's costs",
+        other: "not a file of Tael's costs",
+        newer: "schema 9",
+        damaged: "damaged",
+    }
     for path, word in words.items():
         with pytest.raises(TaelError, match=word) as caught:
             Ledger(path)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     with pytest.raises(TaelError):
         Ledger(tmp_path)
+
+
+OLD = """
+CREATE TABLE entries (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    run TEXT NOT NULL, stage TEXT NOT NULL, kind TEXT NOT NULL, started TEXT NOT NULL,
+    tokens INTEGER NOT NULL, flops REAL NOT NULL, utilisation REAL, seconds REAL NOT NULL,
+    peak_memory_bytes INTEGER NOT NULL, joules REAL, joules_estimated INTEGER NOT NULL,
+    price_per_hour REAL NOT NULL, dollars REAL NOT NULL, steps INTEGER NOT NULL, detail TEXT NOT NULL);
+CREATE INDEX entries_by_run ON entries (run);
+CREATE TRIGGER entries_no_update BEFORE UPDATE ON entries
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+INSERT INTO entries VALUES (
+    1, 'old', 'sft', 'sft', '2025-01-01T00:00:00+00:00', 5, 2.0, NULL, 3.0, 4, NULL, 0, 1.0, 0.5, 6,
+    '{"a": 1}');
+PRAGMA application_id = 1413563724;
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_ledger_of_the_first_version_is_read_and_gone_on_with(tmp_path, make_entry):
+    path = tmp_path / "old.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(OLD)
+    ledger = Ledger(path)
+    (old,) = ledger.entries()
+    assert (old.run, old.tokens, old.joules, old.detail, old.steps) == ("old", 5, None, {"a": 1}, 6)
+    ledger.add(make_entry(kind="evaluation"))
+    assert Ledger(path).entries() == [old, make_entry(kind="evaluation")]
+    assert integrity(path) == "ok"
+
+
+def test_costs_may_be_read_by_whoever_may_read_the_runs(tmp_path, make_entry):
+    """Unlike keys and conversations, whose files are their owner's alone."""
+    before = os.umask(0o022)
+    try:
+        Ledger(tmp_path / "runs" / "ledger.sqlite").add(make_entry())
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "runs", tmp_path / "runs" / "ledger.sqlite")]
+    assert modes == [0o755, 0o644]
 
 
 def test_an_empty_file_becomes_a_ledger(tmp_path, make_entry):
@@ -192,7 +260,7 @@ def test_disk_full_is_said_and_loses_nothing(ledger, make_entry, monkeypatch):
 
 
 def test_a_writer_that_holds_the_lock_is_waited_for(ledger, make_entry, monkeypatch):
-    monkeypatch.setattr("tael.cost.ledger.BUSY_SECONDS", 0.2)
+    monkeypatch.setattr("tael.database.BUSY_SECONDS", 0.2)
     holder = sqlite3.connect(ledger.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     started = time.monotonic()
@@ -202,8 +270,3 @@ def test_a_writer_that_holds_the_lock_is_waited_for(ledger, make_entry, monkeypa
     holder.execute("ROLLBACK")
     holder.close()
     ledger.add(make_entry())
-
-
-def test_prices():
-    assert dollars(1800, 0.08) == pytest.approx(0.04)
-    assert energy(10, 30) == 300 and energy(10, None) is None

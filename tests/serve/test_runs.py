@@ -162,7 +162,7 @@ def test_a_damaged_ledger_is_a_note(book):
     write_run(book.root / "made")
     (book.root / "ledger.sqlite").write_bytes(b"no database at all" * 100)
     view = book.run("made")
-    assert view.whole.dollars == pytest.approx(0.08) and "not a Tael ledger" in view.notes[0]
+    assert view.whole.dollars == pytest.approx(0.08) and "not a file of Tael's costs" in view.notes[0]
     assert "<html" in book.report("made")
 
 
