@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from tael.cost.ledger import Entry, Ledger, Total, sum_entries
-from tael.cost.prices import dollars
+import contextlib
+from datetime import UTC, datetime
+from typing import Any
+
+from tael.cost.ledger import EVALUATION, Entry, Ledger, Total, sum_entries
+from tael.cost.prices import dollars, hourly
 from tael.cost.rundata import RunRecord, StageRecord, number
+from tael.errors import TaelError
 from tael.recipe import PriceSettings
 
 
@@ -16,7 +21,8 @@ def run_entries(run: RunRecord, ledger: Ledger | None) -> list[Entry]:
 
 
 def stage_totals(run: RunRecord, ledger: Ledger | None) -> list[Total]:
-    """One Total a stage that has begun, in the run's order; work the recipe does not name comes last."""
+    """One Total a stage that has begun, its evaluations included, in the run's order; what the recipe does not name
+    comes last."""
     entries = run_entries(run, ledger)
     names = list(dict.fromkeys([*(stage.name for stage in run.stages), *(entry.stage for entry in entries)]))
     records = {stage.name: stage for stage in run.stages}
@@ -26,8 +32,14 @@ def stage_totals(run: RunRecord, ledger: Ledger | None) -> list[Total]:
         if mine:
             totals.append(sum_entries(name, mine))
         elif name in records and records[name].status != "waiting":
-            totals.append(_from_files(records[name], _recipe_price(run)))
+            totals.append(_from_files(records[name], recipe_price(run.recipe)))
     return totals
+
+
+def evaluation_total(run: RunRecord, ledger: Ledger | None) -> Total | None:
+    """What of all that was evaluation; None where the ledger knows of none."""
+    found = [entry for entry in run_entries(run, ledger) if entry.kind == EVALUATION]
+    return sum_entries(EVALUATION, found) if found else None
 
 
 def sum_totals(totals: list[Total]) -> Total:
@@ -53,9 +65,15 @@ def sum_totals(totals: list[Total]) -> Total:
     )
 
 
-def _recipe_price(run: RunRecord) -> float:
-    table = run.recipe.get("price")
-    price = number(table.get("dollars_per_hour")) if isinstance(table, dict) else None
+def recipe_price(recipe: dict[str, Any]) -> float:
+    """Dollars an hour by a run's recipe as it was read; today's, where that names a price list."""
+    table = recipe.get("price")
+    table = table if isinstance(table, dict) else {}
+    prices, entry = table.get("prices"), table.get("entry")
+    if isinstance(prices, str) and isinstance(entry, str):
+        with contextlib.suppress(TaelError):
+            return hourly(PriceSettings(prices=prices, entry=entry)).at(datetime.now(UTC))
+    price = number(table.get("dollars_per_hour"))
     return PriceSettings().dollars_per_hour if price is None or price < 0 else price
 
 

@@ -14,9 +14,8 @@ import numpy as np
 from tael.cost.ledger import Ledger, Total
 from tael.cost.prices import dollars
 from tael.cost.report import Pair
-from tael.cost.runcosts import stage_totals, sum_totals
+from tael.cost.runcosts import recipe_price, stage_totals, sum_totals
 from tael.cost.rundata import MODES, Line, RunRecord, StageRecord, number, read_accuracy
-from tael.recipe import PriceSettings
 from tael.serve.run_files import StageFiles
 
 State = Literal["running", "stopped", "finished", "failed"]
@@ -119,9 +118,7 @@ class RunView:
 
 def price(record: RunRecord) -> float:
     """Dollars an hour, as the run's recipe says."""
-    table = record.recipe.get("price")
-    value = number(table.get("dollars_per_hour")) if isinstance(table, dict) else None
-    return PriceSettings().dollars_per_hour if value is None or value < 0 else value
+    return recipe_price(record.recipe)
 
 
 def costs(record: RunRecord, ledger: Ledger | None) -> tuple[list[Total], Total]:

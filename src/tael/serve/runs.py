@@ -309,7 +309,9 @@ def _card(path: Path) -> RecipeCard:
         check_recipe(recipe)
     except TaelError as error:
         return RecipeCard(path.name, path.stem, "", [], problem=str(error))
-    values: dict[str, Any] = {"seed": recipe.seed, "price.dollars_per_hour": recipe.price.dollars_per_hour}
+    values: dict[str, Any] = {"seed": recipe.seed}
+    if recipe.price.prices is None:
+        values["price.dollars_per_hour"] = recipe.price.dollars_per_hour
     for name, stage in recipe.stages.items():
         for key in ("steps", "batch_size", "problems", "group"):
             if hasattr(stage, key):
