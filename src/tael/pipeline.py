@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,9 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from tael.cost.ledger import Entry, Ledger
-from tael.cost.measure import peak_memory_bytes, reset_peak_memory
-from tael.cost.prices import dollars, energy
+from tael.cost.bookkeeping import Costs
+from tael.cost.kept import settle
+from tael.cost.ledger import Ledger
+from tael.cost.measure import reset_peak_memory
+from tael.cost.prices import hourly
 from tael.cost.report import write_report
 from tael.cost.rundata import run_name
 from tael.errors import TaelError
@@ -28,7 +29,7 @@ from tael.model import Transformer, build_model
 from tael.preparation import LEDGER, Prepared, check_recipe, open_directory, prepare
 from tael.recipe import Recipe, StageSettings
 from tael.stages import plan_stage
-from tael.train import Parallel, StageResult, Trainer, TrainerSetup, choose_device
+from tael.train import Parallel, Trainer, TrainerSetup, choose_device
 from tael.train.precision import choose_precision
 from tael.weights import load_model, resolve, save_model
 
@@ -65,6 +66,7 @@ def run_recipe(recipe: Recipe, run_directory: Path, reporter: Reporter, *, fresh
     call goes on with. Ctrl-C outside a training step raises KeyboardInterrupt, with the same promise.
     """
     check_recipe(recipe)
+    hourly(recipe.price).at(datetime.now(UTC))  # refuse a price nobody knows before there is anything to pay
     parallel = Parallel.start(choose_device(recipe.device))
     reporter = reporter if parallel.is_main else Silent()
     try:
@@ -78,12 +80,14 @@ def run_recipe(recipe: Recipe, run_directory: Path, reporter: Reporter, *, fresh
 
 
 def _run(recipe: Recipe, directory: Path, parallel: Parallel, reporter: Reporter) -> dict[str, Any]:
-    costs = Costs(recipe, directory, parallel)
+    costs = Costs(recipe.price, run_name(directory), Ledger(directory.parent / LEDGER), parallel)
     reporter.stage("prepare", "prepare", 0, 0)
     with costs.measured("prepare", "prepare"):
         prepared = prepare(recipe, directory, parallel, reporter.say)
     reporter.stage_done("prepare", {})
     write_summary(prepared, finished=False)
+    if parallel.world_size == 1:  # what was predicted is one process on this machine
+        settle(recipe, directory, prepared.environment)
     previous: Path | None = resolve(recipe.base) if recipe.base else None
     for name, settings in recipe.stages.items():
         stage = directory / name
@@ -108,13 +112,17 @@ def run_stage(
     plan = plan_stage(prepared, name, settings, model)
     kind = getattr(settings, "kind", name)
 
-    def evaluate(compute: Transformer, step: int) -> dict[str, Any]:
-        metrics = plan.evaluate(compute, step)
-        if metrics:
-            reporter.evaluated(step, metrics)
-        return metrics
-
     peak = prepared.peak_flops(choose_precision(settings.precision, parallel.device))
+    books = costs.stage(name, kind, peak)
+
+    def evaluate(compute: Transformer, step: int) -> dict[str, Any]:
+        with books.evaluation() as spent:
+            found = plan.evaluate(compute, step)
+            spent.tokens, spent.flops = found.work
+        if found.metrics:
+            reporter.evaluated(step, found.metrics)
+        return found.metrics
+
     setup = TrainerSetup(
         directory,
         plan.steps,
@@ -125,7 +133,7 @@ def run_stage(
         peak,
         evaluate,
         reporter.step,
-        costs.segment(name, kind, peak),
+        books.saved,
     )
     trainer = Trainer(model, plan.source, plan.objective, setup)
     reporter.stage(name, kind, plan.steps, trainer.resume())
@@ -136,64 +144,6 @@ def run_stage(
         write_whole(directory / "result.json", json.dumps(asdict(result), indent=1))
     parallel.barrier()
     reporter.stage_done(name, result.metrics)
-
-
-class Costs:
-    """Prices what is done: one ledger entry for each uninterrupted piece of a stage, written with its checkpoint."""
-
-    def __init__(self, recipe: Recipe, directory: Path, parallel: Parallel) -> None:
-        self.price, self.run, self.parallel = recipe.price, run_name(directory), parallel
-        self.ledger = Ledger(directory.parent / LEDGER)
-
-    def add(self, stage: str, kind: str, started: datetime, result: StageResult, peak: float | None = None) -> None:
-        """Record `result`, counted from `started`; seconds are dollars at the recipe's price an hour."""
-        if not self.parallel.is_main:
-            return
-        seconds, joules = result.seconds, energy(result.seconds, self.price.watts)
-        self.ledger.add(
-            Entry(
-                run=self.run,
-                stage=stage,
-                kind=kind,
-                started=started.isoformat(),
-                tokens=result.tokens,
-                flops=result.flops,
-                utilisation=result.flops / (result.step_seconds * peak) if peak and result.step_seconds else None,
-                seconds=seconds,
-                peak_memory_bytes=peak_memory_bytes(),
-                joules=joules,
-                joules_estimated=joules is not None,
-                price_per_hour=self.price.dollars_per_hour,
-                dollars=dollars(seconds, self.price.dollars_per_hour),
-                steps=result.steps,
-            )
-        )
-
-    @contextmanager
-    def measured(self, stage: str, kind: str) -> Iterator[None]:
-        """Record the time the block takes, however it ends."""
-        started, began = datetime.now(UTC), time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(stage, kind, started, StageResult(seconds=time.perf_counter() - began))
-
-    def segment(self, stage: str, kind: str, peak: float):
-        """A function that records what was done since it was last called; given to the loop's `on_saved`."""
-        last: list[Any] = [datetime.now(UTC), None]
-
-        def record(before: StageResult, now: StageResult) -> None:
-            done = StageResult(
-                now.steps - before.steps,
-                now.tokens - before.tokens,
-                now.flops - before.flops,
-                now.seconds - before.seconds,
-                now.step_seconds - before.step_seconds,
-            )
-            self.add(stage, kind, last[0], done, peak * self.parallel.world_size)
-            last[0] = datetime.now(UTC)
-
-        return record
 
 
 def write_summary(prepared: Prepared, *, finished: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from tael.data import Example, Loader, Message, Rows, encode_example, pack_examples
 from tael.data.sources import conversations
 from tael.engine import Engine, SamplingParams
+from tael.engine.work import NO_WORK, generation_work, sum_work
 from tael.errors import TaelError
 from tael.evals.perplexity import bits_per_byte
 from tael.evals.reasoning import MODES, reasoning_accuracy, samples
@@ -25,7 +26,7 @@ from tael.rl.grpo import PolicyGradient
 from tael.rl.rollout import Rollouts, stop_ids
 from tael.rl.tasks import Problem, problems
 from tael.train import LanguageModelling, LoaderSource
-from tael.train.objective import Objective
+from tael.train.objective import Objective, Work
 from tael.train.precision import Twin, compute_dtype
 from tael.train.trainer import Source
 
@@ -37,12 +38,24 @@ SAMPLE_TOKENS = 60
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, and what it cost."""
+
+    metrics: dict[str, Any]
+    work: Work = NO_WORK
+
+
+Evaluate = Callable[[Transformer, int], Evaluation]
+"""(model, steps done): may write samples."""
+
+
+@dataclass(frozen=True)
 class StagePlan:
-    """What the loop needs for one stage. `evaluate(model, step)` returns metrics and may write samples."""
+    """What the loop needs for one stage."""
 
     source: Source
     objective: Objective
-    evaluate: Callable[[Transformer, int], dict[str, Any]]
+    evaluate: Evaluate
     steps: int
     micro_batches: int = 1
     bias_update_speed: float = 0.0
@@ -67,12 +80,12 @@ def _pretrain(prepared: Prepared, name: str, settings: PretrainSettings) -> Stag
     rows, seed = prepared.rows(settings.sequence_length), stage_seed(prepared, settings)
     held_out = prepared.held_out()[: settings.eval_documents]
 
-    def evaluate(model: Transformer, step: int) -> dict[str, Any]:
-        if step == settings.steps:
-            _write_samples(prepared, name, "after", _continuations(prepared, model))
+    def evaluate(model: Transformer, step: int) -> Evaluation:
         if step == 0:
-            return {}
-        return bits_per_byte(model, prepared.tokenizer, held_out, settings.sequence_length).as_dict()
+            return Evaluation({})
+        work = _write_continuations(prepared, name, model) if step == settings.steps else NO_WORK
+        found = bits_per_byte(model, prepared.tokenizer, held_out, settings.sequence_length)
+        return Evaluation(found.as_dict(), sum_work((work, found.work)))
 
     return _language_stage(prepared, settings, rows, seed, evaluate)
 
@@ -82,7 +95,7 @@ def _language_stage(
     settings: PretrainSettings | SftSettings,
     rows: Rows,
     seed: int,
-    evaluate: Callable[[Transformer, int], dict[str, Any]],
+    evaluate: Evaluate,
 ) -> StagePlan:
     parallel = prepared.parallel
     loader = Loader(rows, settings.batch_size, seed, parallel.rank, parallel.world_size)
@@ -92,9 +105,9 @@ def _language_stage(
     )
 
 
-def _continuations(prepared: Prepared, model: Transformer) -> list[dict[str, Any]]:
-    """What the model writes after the beginnings of held-out documents."""
-    tokenizer, lines = prepared.tokenizer, []
+def _write_continuations(prepared: Prepared, name: str, model: Transformer) -> Work:
+    """Keep as samples what the model writes after the beginnings of held-out documents."""
+    tokenizer, lines, works = prepared.tokenizer, [], []
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompts = [bos + tokenizer.encode(d.text)[:16] for d in prepared.held_out()[:SAMPLE_PROMPTS]]
     stops = () if tokenizer.eos_id is None else stop_ids(tokenizer)
@@ -103,7 +116,10 @@ def _continuations(prepared: Prepared, model: Transformer) -> list[dict[str, Any
         texts = tokenizer.decode(prompt), tokenizer.decode(completion.tokens)
         line = {"label": "after", "mode": "text", "prompt": texts[0], "reasoning": None, "answer": texts[1]}
         lines.append({**line, "expected": None, "correct": None})
-    return lines
+        read = completion.prompt_tokens, len(completion.tokens), completion.cached_tokens
+        works.append(generation_work(model.config, *read))
+    _write_samples(prepared, name, "after", lines)
+    return sum_work(works)
 
 
 # ------------------------------------------------------------------------- SFT
@@ -114,8 +130,8 @@ def _sft(prepared: Prepared, name: str, settings: SftSettings) -> StagePlan:
     rows = pack_examples(list(_examples(prepared, settings, seed)), settings.sequence_length, _pad_id(prepared))
     evaluate = _accuracy_evaluation(prepared, name, settings.tasks, settings.eval_problems, settings.steps, 64)
 
-    def after_start(model: Transformer, step: int) -> dict[str, Any]:
-        return evaluate(model, step) if step and settings.tasks else {}
+    def after_start(model: Transformer, step: int) -> Evaluation:
+        return evaluate(model, step) if step and settings.tasks else Evaluation({})
 
     return _language_stage(prepared, settings, rows, seed, after_start)
 
@@ -165,11 +181,11 @@ def _rl(prepared: Prepared, name: str, settings: RlSettings, model: Transformer)
         prepared, name, settings.tasks, settings.eval_problems, settings.steps, settings.max_tokens
     )
 
-    def gated(model: Transformer, step: int) -> dict[str, Any]:
-        metrics = evaluate(model, step)
+    def gated(model: Transformer, step: int) -> Evaluation:
+        found = evaluate(model, step)
         if step == 0 and settings.require_thinking_gain and settings.mode == "free":
-            _require_thinking_gain(name, metrics)
-        return metrics
+            _require_thinking_gain(name, found.metrics)
+        return found
 
     return StagePlan(
         source,
@@ -200,20 +216,21 @@ def _require_thinking_gain(name: str, metrics: dict[str, Any]) -> None:
 
 def _accuracy_evaluation(
     prepared: Prepared, name: str, tasks: list[TaskSettings], count: int, steps: int, max_tokens: int
-) -> Callable[[Transformer, int], dict[str, Any]]:
+) -> Evaluate:
     """Held-out accuracy in every mode; the answers at the first and last step become samples."""
     asked = problems(tasks, TEST_SEED, count, "test") if tasks else []
 
-    def evaluate(model: Transformer, step: int) -> dict[str, Any]:
+    def evaluate(model: Transformer, step: int) -> Evaluation:
         label = {0: "before", steps: "after"}.get(step)
-        accuracy, lines = {}, []
+        accuracy, lines, works = {}, [], []
         for mode in MODES:
             result = reasoning_accuracy(model, prepared.tokenizer, asked, mode, max_tokens)
             accuracy[mode] = result.as_dict()
+            works.append(result.work)
             lines += samples(result, mode, label or "", 6 if mode == "free" else 2)
         if label:
             _write_samples(prepared, name, label, lines)
-        return {"accuracy": accuracy}
+        return Evaluation({"accuracy": accuracy}, sum_work(works))
 
     return evaluate
 

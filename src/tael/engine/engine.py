@@ -400,6 +400,10 @@ class Engine:
         stats = self.stats
         prompt = sum(w.stop - w.start for w in plan if w.expanded)
         total = sum(w.stop - w.start + w.drafts for w in plan)
+        for work in plan:
+            passed = work.stop - work.start + work.drafts
+            work.sequence.passed += passed
+            work.sequence.seconds += seconds * passed / total
         if self._governor is not None and all(w.sequence.generated and not w.expanded for w in plan):
             self._governor.record(seconds, generated)
         stats.steps += 1

@@ -42,6 +42,10 @@ class Sequence:
     drafted: int = 0
     accepted: int = 0
     preemptions: int = 0
+    passed: int = 0
+    """Tokens of it that went through the model: drafts, and what was computed again, too."""
+    seconds: float = 0.0
+    """Its share, by tokens, of the steps it was in."""
 
     @property
     def output(self) -> list[int]:

@@ -10,18 +10,24 @@ import torch
 from torch import Tensor
 
 from tael.data import IGNORED, Document, Tokenizer
+from tael.engine.work import NO_WORK
 from tael.errors import TaelError
 from tael.model.transformer import Transformer
+from tael.train.objective import Work
 
 
 @dataclass(frozen=True)
 class TextResult:
-    """Bits per byte over all documents, its 95% half-width (by document), and how much was read."""
+    """Bits per byte over all documents, its 95% half-width (by document), and how much was read.
+
+    `work` counts the tokens that passed the model, padding too, and what that cost.
+    """
 
     bits_per_byte: float
     half_width: float
     documents: int
     bytes: int
+    work: Work = NO_WORK
 
     def as_dict(self) -> dict[str, float]:
         return {
@@ -49,10 +55,11 @@ def bits_per_byte(
     nats = torch.zeros(len(texts), dtype=torch.float64)
     windows = _windows(tokenizer, texts, sequence_length)
     windows.sort(key=lambda w: len(w[1]), reverse=True)  # like lengths together: less padding
-    device = model.norm.weight.device
+    device, work = model.norm.weight.device, NO_WORK
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         tokens, targets = _pad([ids for _, ids in part])
+        work = _and(work, model, tokens)
         hidden = model.features(tokens.to(device)).hidden  # [B, T, D]
         index = targets.clamp_min(0).to(device).unsqueeze(-1)
         # The head as a module: a quantised one has its own product.
@@ -63,7 +70,13 @@ def bits_per_byte(
     value = float(bits.sum() / sizes.sum())
     # Ratio estimator: the spread of each document's bits around value * bytes (Cochran 1977, section 6.4).
     spread = float(((bits - value * sizes) ** 2).sum().sqrt() / sizes.sum())
-    return TextResult(value, 1.96 * spread, len(texts), int(sizes.sum()))
+    return TextResult(value, 1.96 * spread, len(texts), int(sizes.sum()), work)
+
+
+def _and(work: Work, model: Transformer, tokens: Tensor) -> Work:
+    """`work`, and one forward pass over `tokens` [B, T]."""
+    count, width = tokens.numel(), tokens.shape[1]
+    return Work(work.tokens + count, work.flops + count * model.config.flops_per_token(width / 2, training=False))
 
 
 def _windows(tokenizer: Tokenizer, texts: list[str], length: int) -> list[tuple[int, list[int]]]:

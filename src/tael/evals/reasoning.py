@@ -7,22 +7,25 @@ from dataclasses import dataclass
 
 from tael.data import Mode, Tokenizer
 from tael.engine import Engine, SamplingParams
+from tael.engine.work import NO_WORK, generation_work, sum_work
 from tael.evals.statistics import Accuracy
 from tael.model.transformer import Transformer
 from tael.rl.rollout import SAMPLER, Answer, answer_problems, stop_ids
 from tael.rl.tasks import Problem
+from tael.train.objective import Work
 
 MODES: tuple[Mode, ...] = ("free", "think", "direct")
 
 
 @dataclass(frozen=True)
 class ReasoningResult:
-    """Accuracy in one mode, the mean length of an answer in tokens, the share that thought, and the answers."""
+    """Accuracy in one mode, the mean length of an answer in tokens, the share that thought, answers, and work."""
 
     accuracy: Accuracy
     completion_tokens: float
     think_rate: float
     answers: list[Answer]
+    work: Work = NO_WORK
 
     def as_dict(self) -> dict[str, float]:
         return {**self.accuracy.as_dict(), "completion_tokens": self.completion_tokens, "think_rate": self.think_rate}
@@ -47,7 +50,13 @@ def reasoning_accuracy(
         round(sum(len(a.completion.tokens) for a in answers) / count, 2),
         round(sum(a.parsed.reasoning is not None for a in answers) / count, 4),
         answers,
+        _work(model, answers),
     )
+
+
+def _work(model: Transformer, answers: Sequence[Answer]) -> Work:
+    found = [a.completion for a in answers]
+    return sum_work(generation_work(model.config, c.prompt_tokens, len(c.tokens), c.cached_tokens) for c in found)
 
 
 def samples(result: ReasoningResult, mode: Mode, label: str, count: int = 6) -> list[dict]:
