@@ -327,7 +327,7 @@ def truncate(path: Path) -> None:
 def newer(path: Path) -> None:
     Store(path).close()
     with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
 
 
 def foreign(path: Path) -> None:
@@ -345,7 +345,7 @@ def ledger(path: Path) -> None:
     [
         (lambda path: path.write_bytes(b"not a database, by no means" * 300), "not a file of Tael's keys"),
         (truncate, "damaged"),
-        (newer, "schema 2, this Tael reads 1"),
+        (newer, "schema 3, this Tael reads 2"),
         (foreign, "not a file of Tael's keys"),
         (ledger, "not a file of Tael's keys"),
         (Path.mkdir, "cannot be opened"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tael.serve.service import Service
     from tael.serve.settings import ModelSpec, ServeSettings
 
-_WHO, _LIMITS = "Who may ask", "Limits"
+_WHO, _LIMITS, _PRICES = "Who may ask", "Limits", "Prices"
 
 
 def serve(
@@ -38,7 +38,28 @@ def serve(
         Path | None, typer.Option(help="Where keys, requests and conversations are kept.", show_default=False)
     ] = None,
     price: Annotated[
-        str | None, typer.Option(metavar="HIT/MISS/OUTPUT", help="Dollars a million tokens.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="HIT/MISS/OUTPUT",
+            help="Dollars a million tokens.",
+            show_default=False,
+            rich_help_panel=_PRICES,
+        ),
+    ] = None,
+    prices: Annotated[
+        Path | None,
+        typer.Option(help="A price list: tokens by model, date and time of day; hours.", rich_help_panel=_PRICES),
+    ] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="This machine among the list's hours.", rich_help_panel=_PRICES)
+    ] = None,
+    dollars_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, help="What an hour of this machine costs; 0.08 unless given.", rich_help_panel=_PRICES),
+    ] = None,
+    watts: Annotated[
+        float | None,
+        typer.Option(min=0, help="Its draw while it works, to estimate energy.", rich_help_panel=_PRICES),
     ] = None,
     thinking: Annotated[str | None, typer.Option(help="on, off or auto, where a request does not say.")] = None,
     memory: Annotated[
@@ -83,6 +104,10 @@ def serve(
         "host": host,
         "port": port,
         "state": state,
+        "prices": prices,
+        "machine": machine,
+        "dollars_per_hour": dollars_per_hour,
+        "watts": watts,
         "memory": int(memory * 1e9) if memory else None,
         "max_queue": max_queue,
         "share_prefixes": share_prefixes or None,

@@ -19,6 +19,8 @@ from typing import Any
 from tael.data import Tokenizer
 from tael.engine import SamplingParams
 from tael.engine.watch import Opening
+from tael.engine.work import computed_flops
+from tael.model import ModelConfig
 from tael.serve.answer import Answer, Chunk, Counts
 from tael.serve.errors import ApiError
 from tael.serve.formats import Prompt, Starts
@@ -42,6 +44,9 @@ class Figures:
     seconds: float
     first_token: float | None
     cost: Cost
+    engine_seconds: float = 0.0
+    """What the engine was busy with it."""
+    flops: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -123,6 +128,11 @@ class Race:
         found = [ticket.sequence for ticket in self._tickets if ticket.sequence is not None]
         return [tokenizer.decode(each.tokens[each.prompt_length :], skip_special=False) for each in found]
 
+    def spent(self, config: ModelConfig) -> tuple[float, float]:
+        """Seconds and FLOPs of the engine's so far, of all tickets."""
+        found = [ticket.sequence for ticket in self._tickets if ticket.sequence is not None]
+        return sum(each.seconds for each in found), sum(computed_flops(config, each) for each in found)
+
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
         assert self._first is not None, "start() comes first"
         async for update in self._first:
@@ -176,12 +186,13 @@ class Priced:
         worker: EngineWorker,
     ) -> None:
         self.hosted, self.counts = hosted, counts
-        self.meter = Meter(hosted.spec.price)
+        self.meter = Meter(hosted.price())
         self._race = Race(worker, hosted, prompt, params)
 
     @property
     def figures(self) -> Figures:
-        return self.meter.figures(self.counts)
+        seconds, flops = self._race.spent(self.hosted.engine.model.config)
+        return replace(self.meter.figures(self.counts), engine_seconds=seconds, flops=flops)
 
     @property
     def wrote(self) -> list[str]:

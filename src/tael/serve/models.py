@@ -1,6 +1,6 @@
 """The models that are served: loaded when asked for, unloaded to make room.
 
-host = ModelHost(settings, worker)
+host = ModelHost(settings, worker, PriceBook(settings))
 hosted = await host.hold("assistant")        loads it first where need be; held it stays
 host.release(hosted)
 """
@@ -12,7 +12,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import deepseek_recipe as recipe
 import psutil
@@ -25,6 +25,7 @@ from tael.loading import Loaded, load
 from tael.model import Transformer
 from tael.serve.errors import ApiError
 from tael.serve.formats import ChatFormat, NoFormat, choose_format
+from tael.serve.pricebook import PriceBook
 from tael.serve.prices import Price
 from tael.serve.settings import ModelSpec, ServeSettings
 from tael.serve.worker import EngineWorker
@@ -45,6 +46,8 @@ class Hosted:
     format: ChatFormat
     context: int
     bytes: int
+    price: Callable[[], Price]
+    """Of its tokens, now."""
     users: int = 0
     used: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -83,8 +86,11 @@ class ModelCard:
 class ModelHost:
     """All models by name. Raises ApiError: 404 for a name nobody answers to, 503 where memory does not suffice."""
 
-    def __init__(self, settings: ServeSettings, worker: EngineWorker, loader: Loader | None = None) -> None:
+    def __init__(
+        self, settings: ServeSettings, worker: EngineWorker, book: PriceBook, loader: Loader | None = None
+    ) -> None:
         self.settings, self.worker, self._load = settings, worker, loader or _load
+        self.book = book
         self.limit = settings.memory or int(psutil.virtual_memory().total * 0.75)
         self._specs = {spec.name: spec for spec in settings.models}
         self._names = {name: spec.name for spec in settings.models for name in (spec.name, *spec.aliases)}
@@ -162,6 +168,7 @@ class ModelHost:
             _format(loaded.tokenizer, spec.effort_in_prompt),
             context,
             taken + packed,
+            partial(self.book.price, spec),
         )
 
     def _make_room(self, needed: int, name: str) -> None:
@@ -216,7 +223,7 @@ class ModelHost:
             hosted is not None,
             known.context if known else spec.context,
             known.thinks if known else None,
-            spec.price,
+            self.book.price(spec),
             self.started,
             hosted.bytes if hosted else None,
             len(scheduler.running) if scheduler else 0,

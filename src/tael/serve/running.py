@@ -90,7 +90,11 @@ def open_service(settings: ServeSettings, loader: Loader | None = None, journal:
             f"--host {settings.host}: others could reach this server, and there is no key yet; make one with "
             "`tael keys add NAME`"
         )
-    return Service(settings, store, loader, journal)
+    try:
+        return Service(settings, store, loader, journal)
+    except TaelError:  # of its price list
+        store.close()
+        raise
 
 
 def bind(settings: ServeSettings) -> socket.socket:

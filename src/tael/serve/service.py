@@ -31,6 +31,7 @@ from tael.serve.limits import Gate, KeyLimits
 from tael.serve.metrics import Metrics
 from tael.serve.models import Hosted, Loader, ModelCard, ModelHost
 from tael.serve.orders import PROTOCOLS, Order, Protocol
+from tael.serve.pricebook import PriceBook
 from tael.serve.settings import ServeSettings
 from tael.serve.store import Key, Served, Store
 from tael.serve.visit import Opening, Visit
@@ -52,8 +53,9 @@ class Service:
         journal: Journal | None = None,
     ) -> None:
         self.settings, self.store = settings, store
+        self.book = PriceBook(settings)
         self.worker = EngineWorker(self._engine_failed)
-        self.host = ModelHost(settings, self.worker, loader)
+        self.host = ModelHost(settings, self.worker, self.book, loader)
         self.gate = Gate(settings.max_queue)
         self.metrics = Metrics(self)
         self.journal = journal or Journal(None)

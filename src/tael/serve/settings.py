@@ -3,6 +3,8 @@
 [server]
 port = 8000
 share_prefixes = false
+prices = "recipes/prices/list.toml"
+machine = "H100"
 
 [[models]]
 name = "assistant"
@@ -18,9 +20,10 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tael.errors import TaelError, did_you_mean
+from tael.recipe import PriceSettings
 from tael.serve.prices import DEFAULT_PRICE, Price
 
 Thinking = Literal["on", "off", "auto"]
@@ -37,7 +40,9 @@ class ModelSpec(BaseModel):
     """What `tael chat` takes: a folder, a .gguf file, a run, a checkpoint's name."""
     aliases: tuple[Name, ...] = ()
     price: Price = DEFAULT_PRICE
-    """Dollars a million tokens: "hit/miss/output"."""
+    """Dollars a million tokens: "hit/miss/output". Holds over a price list."""
+    priced_as: str | None = None
+    """Its name among the [[tokens]] of the price list; the model's own name unless said."""
     thinking: Thinking = "on"
     """Where a request says nothing; models that cannot think never do."""
     effort_in_prompt: bool = False
@@ -59,6 +64,12 @@ class ModelSpec(BaseModel):
     def _price(cls, value: Any) -> Any:
         return Price.parse(value) if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _one_price(self) -> ModelSpec:
+        if self.priced_as is not None and "price" in self.model_fields_set:
+            raise ValueError("give price or priced_as, not both")
+        return self
+
 
 class ServeSettings(BaseModel):
     """What holds for the whole server. Sizes in bytes, times in seconds."""
@@ -72,6 +83,14 @@ class ServeSettings(BaseModel):
     """Where keys, requests and conversations are kept; ~/.local/share/tael unless said."""
     runs: Path = Path("runs")
     recipes: Path = Path("recipes")
+    prices: Path | None = None
+    """A price list (docs/cost.md): what tokens cost by model, date and time of day, and what this machine costs."""
+    machine: str | None = None
+    """This machine's name among the list's [[hour]]."""
+    dollars_per_hour: float = Field(PriceSettings().dollars_per_hour, ge=0, le=1e15, allow_inf_nan=False)
+    """What an hour of this machine costs, where no `machine` says so."""
+    watts: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
+    """Average draw in watts while it works, for an estimate of energy."""
     memory: int | None = Field(None, ge=1)
     """Bytes that loaded models and their caches may take; three quarters of the machine's memory unless said."""
     max_queue: int = Field(256, ge=1)
@@ -101,7 +120,11 @@ class ServeSettings(BaseModel):
             return False
 
     def check(self) -> None:
-        """Raise TaelError where names collide."""
+        """Raise TaelError where names collide, or two settings say the same."""
+        if self.machine is not None and self.prices is None:
+            raise TaelError("serve: machine is a name in a price list, and no list is given (--prices)")
+        if self.machine is not None and "dollars_per_hour" in self.model_fields_set:
+            raise TaelError("serve: give machine or dollars_per_hour, not both")
         seen: dict[str, str] = {}
         for spec in self.models:
             for name in (spec.name, *spec.aliases):
@@ -132,7 +155,8 @@ def load_settings(path: Path | None, **options: Any) -> ServeSettings:
         where = ".".join(str(part) for part in first["loc"])
         known = (*ServeSettings.model_fields, *ModelSpec.model_fields)
         hint = did_you_mean(str(first["loc"][-1]), known) if first["type"] == "extra_forbidden" else ""
-        raise TaelError(f"{path or 'serve'}: {where}: {first['msg']}{hint}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise TaelError(f"{path or 'serve'}: {where}: {message}{hint}") from None
     except TaelError as error:
         raise TaelError(f"{path or 'serve'}: {error}") from None
     settings.check()

@@ -68,6 +68,13 @@ class Served(BaseModel):
     dollars: Quantity
     status: int = Field(ge=100, le=999)
     finish_reason: str | None = None
+    engine_seconds: Quantity | None = None
+    """What the engine was busy with it: of each step, its share by tokens. None: served before that was measured."""
+    flops: Quantity | None = None
+    joules: Quantity | None = None
+    """Estimated, from average watts."""
+    machine_dollars: Quantity | None = None
+    """What those seconds of the machine cost; `dollars` is what was charged."""
 
     @field_validator("request_id", "model", "endpoint", "finish_reason", mode="before")
     @classmethod
@@ -97,6 +104,27 @@ class ServedTotal:
     dollars: float
 
 
+@dataclass(frozen=True)
+class Spending:
+    """What the requests of one key, UTC day or model took and cost. Sums are of the requests that were timed."""
+
+    group: str
+    key_id: int | None
+    requests: int
+    hit_tokens: int
+    miss_tokens: int
+    output_tokens: int
+    charged: float
+    engine_seconds: float
+    flops: float
+    joules: float | None
+    machine_dollars: float
+    untimed: int
+    """Requests whose seconds are not known."""
+    unweighed: int
+    """Requests whose joules are not known."""
+
+
 _KEY = "id, name, shown, created, revoked, budget_dollars, requests_per_minute, tokens_per_minute, concurrent"
 _SET_LIMITS = "budget_dollars = ?, requests_per_minute = ?, tokens_per_minute = ?, concurrent = ?"
 _SERVED = tuple(Served.model_fields)
@@ -118,12 +146,15 @@ _SCHEMA: tuple[str, ...] = (
         started TEXT NOT NULL, seconds REAL NOT NULL, first_token_seconds REAL,
         prompt_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
         completion_tokens INTEGER NOT NULL, reasoning_tokens INTEGER NOT NULL,
-        dollars REAL NOT NULL, status INTEGER NOT NULL, finish_reason TEXT)""",
+        dollars REAL NOT NULL, status INTEGER NOT NULL, finish_reason TEXT,
+        engine_seconds REAL, flops REAL, joules REAL, machine_dollars REAL)""",
     *append_only("served", "requests served"),
     """CREATE TRIGGER keys_no_delete BEFORE DELETE ON keys
         BEGIN SELECT RAISE(ABORT, 'keys are revoked, not deleted'); END""",
 )
-KIND = Kind("keys and requests", 0x54415356, 1, "keys", _SCHEMA)  # "TASV"
+_MEASURED = ("engine_seconds", "flops", "joules", "machine_dollars")
+_UPGRADES = (tuple(f"ALTER TABLE served ADD COLUMN {name} REAL" for name in _MEASURED),)
+KIND = Kind("keys and requests", 0x54415356, 2, "keys", _SCHEMA, _UPGRADES)  # "TASV"
 
 
 def default_state() -> Path:
@@ -241,6 +272,18 @@ class Store:
             GROUP BY label, key ORDER BY min(started), min(served.id)"""
         with self._reader.reading() as connection:
             return [ServedTotal(*row) for row in connection.execute(query).fetchall()]
+
+    def spending(self, by: Grouping, since: str = "", until: str = "9999-12-31") -> list[Spending]:
+        """What serving took and cost by key, UTC day or model, of days `since` to `until` (ISO), both included."""
+        label, key_id = _GROUPS[by]
+        query = f"""SELECT {label} AS label, {key_id} AS key, count(*), sum(cached_tokens),
+            sum(prompt_tokens - cached_tokens), sum(completion_tokens), total(dollars), total(engine_seconds),
+            total(flops), sum(joules), total(machine_dollars), sum(engine_seconds IS NULL), sum(joules IS NULL)
+            FROM served LEFT JOIN keys ON keys.id = served.key_id
+            WHERE substr(started, 1, 10) BETWEEN ? AND ?
+            GROUP BY label, key ORDER BY min(started), min(served.id)"""
+        with self._reader.reading() as connection:
+            return [Spending(*row) for row in connection.execute(query, (since, until)).fetchall()]
 
     # -------------------------------------------------------------------- helpers
 

@@ -150,6 +150,10 @@ class Visit:
             dollars=figures.cost.total,
             status=status,
             finish_reason=counts.finish_reason,
+            engine_seconds=figures.engine_seconds,
+            flops=figures.flops,
+            joules=self.service.book.joules(figures.engine_seconds),
+            machine_dollars=self.service.book.machine_dollars(figures.engine_seconds),
         )
 
 
