@@ -72,6 +72,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TAEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))  # whose server this machine has is no test's concern
 
     def run(*arguments: str | Path, text: str | None = None):
         return CliRunner().invoke(app, [str(a) for a in arguments], input=text, prog_name="tael")

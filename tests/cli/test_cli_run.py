@@ -109,7 +109,7 @@ def test_costs(call, fails, run_folder):
     assert json.loads(call("costs", "--ledger", "runs/ledger.sqlite", "--json").stdout)[0]["run"] == "tiny"
     assert "did you mean 'tiny'" in fails("costs", "tinny")
     assert "no such ledger" in fails("costs", "--ledger", "no.sqlite")
-    assert "not a Tael ledger" in fails("costs", "--ledger", "book.txt")
+    assert "not a file of Tael's costs" in fails("costs", "--ledger", "book.txt")
 
 
 def test_costs_before_any_run(call, fails):
