@@ -153,6 +153,12 @@ def test_strange_lines_do_not_break_the_page(tmp_path, ledger):
     assert read_run(tmp_path).stages[0].steps[-1]["loss"] == 2.25
 
 
+def test_the_report_says_what_of_it_is_evaluation(finished_run, ledger, make_entry):
+    assert "are evaluation" not in Page(write_report(finished_run, ledger)).text
+    ledger.add(make_entry(kind="evaluation", seconds=30.0, dollars=0.5))
+    assert "30.0 s and $0.50 of it are evaluation" in Page(write_report(finished_run, ledger)).text
+
+
 def test_report_without_a_ledger_prices_by_the_recipe(finished_run):
     page = Page(write_report(finished_run, None))
     assert "$0.002" in page.text and "90.0 s" in page.text

@@ -22,7 +22,7 @@ from tael.cost import charts, units
 from tael.cost.compared import Compared, compare
 from tael.cost.ledger import Ledger, Total
 from tael.cost.prediction import Prediction, read_prediction
-from tael.cost.runcosts import stage_totals, sum_totals
+from tael.cost.runcosts import evaluation_total, stage_totals, sum_totals
 from tael.cost.rundata import MODES, RunRecord, Sample, StageRecord, number, read_accuracy, read_run
 from tael.cost.tables import cost_cells
 from tael.errors import TaelError
@@ -117,7 +117,7 @@ def render(run: RunRecord, ledger: Ledger | None) -> str:
         pairs=sample_pairs(run),
         costs=[CostLine(total.key, _status(run, total), cost_cells(total)) for total in totals],
         whole=cost_cells(whole),
-        cost_note=_cost_note(whole),
+        cost_note=_cost_note(whole, evaluation_total(run, ledger)),
         predicted=predicted(run, ledger, prediction),
         prediction_note=prediction_note,
         environment=sorted((str(key), _shown(value)) for key, value in run.environment.items()),
@@ -307,14 +307,17 @@ def _status(run: RunRecord, total: Total) -> str:
     return ", ".join(notes)
 
 
-def _cost_note(whole: Total) -> str:
+def _cost_note(whole: Total, evaluation: Total | None) -> str:
     price = (
         "prices differ between entries"
         if whole.price_per_hour is None
         else (f"at {units.money(whole.price_per_hour)} an hour")
     )
     estimate = "; energy is estimated from average watts (~)" if whole.joules_estimated else ""
-    return f"{price}{estimate}; utilisation is against the matrix peak measured on this machine"
+    part = ""
+    if evaluation is not None:
+        part = f"; {units.duration(evaluation.seconds)} and {units.money(evaluation.dollars)} of it are evaluation"
+    return f"{price}{part}{estimate}; utilisation is against the matrix peak measured on this machine"
 
 
 def _clip(text: str) -> str:
