@@ -7,23 +7,19 @@ import statistics
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd.graph import saved_tensors_hooks
 
 from tael.cost.chips import CHIPS, cap_performance, cut_link, find_chip, without
 from tael.cost.layout import Layout, check_layout, layouts
-from tael.cost.memory import eager_memory, training_memory
+from tael.cost.memory import training_memory
 from tael.cost.named import MODELS, find_model
 from tael.cost.planner import Run, plan_on, plan_training
 from tael.cost.published import RUNS
-from tael.cost.shapes import shape_of
 from tael.cost.timing import Constants, StepModel, goodput
 from tael.cost.v3_table import v3_cost_table
 from tael.cost.what_if import answers, export_limits
 from tael.errors import TaelError
-from tael.model import ModelConfig, build_model
 
 QUICK = ("deepseek-v2-lite", "llama-2-7b", "llama-2-70b", "qwen3-30b-a3b")
 
@@ -138,40 +134,6 @@ def test_memory_by_hand() -> None:
     # 4 d norms, q k v, output, 3 widths: 2 (4 x 4096 + 3 x 4096 + 4096 + 3 x 11008) bytes a token and layer
     per_layer = 2 * (8 * 4096 + 3 * 11008)
     assert memory.activations == pytest.approx(4096 * 33 * per_layer)
-
-
-SMALL = {
-    "llama": ModelConfig(
-        model_type="llama", vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
-        num_attention_heads=8, num_key_value_heads=4, n_routed_experts=None,
-    ),
-    "mla": ModelConfig(vocab_size=512, hidden_size=256, n_routed_experts=None, num_hidden_layers=6),
-    "moe": ModelConfig(vocab_size=512, hidden_size=256, num_hidden_layers=6),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", list(SMALL))
-@pytest.mark.parametrize("length", [64, 256])
-def test_memory_is_what_a_step_of_a_small_model_holds(kind: str, length: int) -> None:
-    """Weights, gradients and Adam's moments as allocated, and every tensor autograd saves, each storage once."""
-    config, rows = SMALL[kind], 4
-    model = build_model(config)
-    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    tokens = torch.randint(config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden, _ = model.features(tokens, None)
-    held = 4 * sum(weights.values()) + sum(saved.values())
-    assert hidden.shape[1] == length
-    assert eager_memory(shape_of(config), rows, length, 4) == pytest.approx(held, rel=0.15)
-    activations = eager_memory(shape_of(config), rows, length, 4) - 16 * config.parameters()
-    assert activations == pytest.approx(sum(saved.values()), rel=0.15)
 
 
 def test_sharding_and_recomputation_save_memory() -> None:

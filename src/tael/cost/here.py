@@ -10,13 +10,12 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tael.cost.measure import matrix_peak
-from tael.cost.memory import eager_memory
-from tael.cost.shapes import shape_of
+from tael.cost.trainer_memory import TrainingStep, trainer_memory
 from tael.data import Batch
 from tael.engine import Engine, SamplingParams
 from tael.errors import TaelError
@@ -58,13 +57,17 @@ class StagePlan:
         return {**vars(self), "dollars": self.seconds / 3600 * per_hour, "joules": joules}
 
 
-def plan_recipe(recipe: Recipe, *, measured: bool) -> list[StagePlan]:
-    """Every stage of `recipe` on this machine. Raises TaelError for a recipe that tunes a checkpoint (`base`)."""
+def plan_recipe(recipe: Recipe, *, measured: bool, peak: float | None = None) -> list[StagePlan]:
+    """Every stage of `recipe` on this machine, its evaluations counted (as the run counts its seconds), not the
+    preparation before the first. `peak`: FLOP/s of a matrix product here, where they are known; for the rough answer.
+
+    Raises TaelError for a recipe that tunes a checkpoint (`base`).
+    """
     if recipe.base is not None:
         raise TaelError("recipe: plan knows recipes with a [model] of their own; this one starts from a base")
     model = {"vocab_size": recipe.tokenizer.vocab_size, **recipe.model}
     config = ModelConfig.from_dict(model, where="recipe: model")
-    rates = _Measured(config) if measured else _Rough()
+    rates = _Measured(config) if measured else _Rough(peak)
     plans = []
     for name, stage in recipe.stages.items():
         plan = _plan_rl if isinstance(stage, RlSettings) else _plan_training
@@ -76,15 +79,14 @@ def _plan_training(name: str, stage: TrainSettings, config: ModelConfig, rates: 
     tokens = stage.batch_size * stage.sequence_length
     flops = config.flops_per_token(stage.sequence_length / 2)
     step = rates.training_step(config, stage, stage.batch_size, stage.sequence_length)
-    evaluations = stage.steps // stage.eval_every
+    evaluations = -(-stage.steps // stage.eval_every)  # every eval_every steps, and after the last
     kind = "pretrain" if isinstance(stage, PretrainSettings) else "sft"
     if isinstance(stage, PretrainSettings):
         one = stage.eval_documents * DOCUMENT / tokens * step / 3
     else:
         one = MODES * rates.sampling(config, getattr(stage, "eval_problems", 0), PROMPT)
     seconds = stage.steps * step + evaluations * one
-    rows = stage.micro_batch_size or stage.batch_size
-    memory = _peak(config, rows, stage.sequence_length, stage.precision)
+    memory = PROGRAM_BYTES + trainer_memory(TrainingStep.of(config, stage)).peak
     return StagePlan(name, kind, stage.steps, stage.steps * tokens, stage.steps * tokens * flops, seconds, memory)
 
 
@@ -93,24 +95,22 @@ def _plan_rl(name: str, stage: RlSettings, config: ModelConfig, rates: _Rough | 
     length = PROMPT + answer
     learn = rates.training_step(config, TrainSettings(mtp_weight=0.0), rows, length)
     step = rates.sampling(config, rows, answer) + learn
-    evaluations = stage.steps // stage.eval_every * MODES * rates.sampling(config, stage.eval_problems, answer)
-    tokens = stage.steps * rows * length
-    flops = tokens * (config.flops_per_token(length / 2) + config.flops_per_token(length / 2, training=False))
-    memory = _peak(config, rows, length, stage.precision)
+    times = 1 + -(-stage.steps // stage.eval_every)  # before the first step as well
+    evaluations = times * MODES * rates.sampling(config, stage.eval_problems, answer)
+    # As PolicyGradient counts: a token is sampled (one forward pass) and, if its group is kept, learned (three).
+    once = stage.steps * rows * length
+    tokens, flops = 2 * once, 4.0 * once * config.flops_per_token(length / 2, training=False)
+    longest = TrainingStep.of_policy(config, stage, PROMPT + stage.max_tokens, rows * answer)
+    memory = PROGRAM_BYTES + trainer_memory(longest).peak
     return StagePlan(name, stage.kind, stage.steps, tokens, flops, stage.steps * step + evaluations, memory)
-
-
-def _peak(config: ModelConfig, rows: int, length: int, precision: Literal["auto", "bf16", "fp32"]) -> float:
-    value_bytes = compute_dtype(precision, torch.device("cpu")).itemsize
-    return PROGRAM_BYTES + eager_memory(shape_of(config), rows, length, value_bytes)
 
 
 class _Rough:
     """Rates from one matrix product and typical shares."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak: float | None) -> None:
         dtype = compute_dtype("auto", torch.device("cpu"))
-        self.rate = matrix_peak("cpu", dtype) * TYPICAL_UTILISATION
+        self.rate = (matrix_peak("cpu", dtype) if peak is None else peak) * TYPICAL_UTILISATION
 
     def training_step(self, config: ModelConfig, stage: TrainSettings, rows: int, length: int) -> float:
         return rows * length * config.flops_per_token(length / 2) / self.rate

@@ -73,9 +73,9 @@ def local_parameters(shape: Shape, layout: Layout) -> tuple[float, float]:
 def saved_bytes(block: Block, hidden: int, recompute: str) -> float:
     """Bytes a token leaves for the backward pass in one layer (bf16; attention keeps no matrix of scores).
 
-    none: both norms' inputs and outputs, queries, keys, values, attention's output, and the feed-forward's inputs
-    and three widths. selective (V3, section 3.2.3): norms' outputs, SwiGLU's product and up-projections are made
-    again. full: the layer's input.
+    none: both norms' inputs and outputs, queries, keys, values, attention's output, latents before and after their
+    norms, and the feed-forward's inputs and three widths. selective (V3, section 3.2.3): norms' outputs, SwiGLU's
+    product and up-projections are made again. full: the layer's input.
     """
     attention = block.attention
     mixed = attention.heads * attention.v
@@ -87,8 +87,11 @@ def saved_bytes(block: Block, hidden: int, recompute: str) -> float:
     if recompute == "selective":
         return 2.0 * (2 * hidden + _small_qkv(attention) + mixed + branches * widths)
     heads = attention.heads * attention.qk + attention.kv_heads * (attention.qk + attention.v)
+    latents = 0
+    if attention.decode_v is not None:
+        latents = 2 * attention.vectors + attention.cache - attention.decode_v
     copies = block.chosen * hidden
-    return 2.0 * (4 * hidden + heads + mixed + (branches + 1) * widths + copies)
+    return 2.0 * (4 * hidden + heads + latents + mixed + (branches + 1) * widths + copies)
 
 
 def _small_qkv(attention: Attention) -> float:
@@ -108,26 +111,3 @@ def _activation_bytes(shape: Shape, layout: Layout) -> float:
     p, v = layout.pipeline, rounds(shape, layout.pipeline)
     flight = p * (1 + (p - 1) / (p * v)) if v > 1 else p
     return (layers * per_layer * flight + live) / layout.tensor
-
-
-def eager_values(block: Block, hidden: int, length: int) -> float:
-    """Values a token leaves for the backward pass in one layer of Tael's own model on a CPU, where nothing is fused.
-
-    Both norms' inputs, outputs and the residual (6 d), queries, keys, values (spread to all heads) and attention's
-    output, latents, its scores against `length` keys, the feed-forward's four widths, and experts' copies.
-    """
-    attention = block.attention
-    spread = attention.heads * (2 * attention.qk + 2 * attention.v)
-    latents = 2 * attention.cache + attention.vectors if attention.decode_qk is not None else 0
-    shared = block.shared * (block.shared_width or block.expert_width)
-    widths = block.dense_width + block.chosen * block.expert_width + shared
-    copies = 2 * block.chosen * hidden
-    return 6.0 * hidden + spread + latents + attention.heads * length + 4.0 * widths + copies
-
-
-def eager_memory(shape: Shape, rows: int, length: int, value_bytes: int) -> float:
-    """Bytes a step of Tael's own trainer needs beside the program itself: fp32 states, what backward needs."""
-    states = 16.0 * shape.parameters() + (4.0 * shape.parameters() if value_bytes == 2 else 0.0)
-    layers = sum(block.count * eager_values(block, shape.hidden, length) for block in shape.blocks)
-    layers += shape.mtp * eager_values(shape.blocks[-1], shape.hidden, length)
-    return states + rows * length * value_bytes * layers
