@@ -1,8 +1,9 @@
 """The recipes of others, on transformers' own models: what bench/cost_to_quality.py compares Tael's with.
 
-OpenAI's: GPT-2's model (learned positions, LayerNorm, GELU, tied embeddings), GPT-3's training (Brown et al. 2020, section 2.3,
-appendix B): AdamW with betas 0.9 and 0.95, weight decay 0.1, clipping at 1.0, warmup, cosine to a tenth.
-Meta's: Llama's model and training (Touvron et al. 2023, section 2.2 and 2.3): RMSNorm, SwiGLU, RoPE; the same optimiser.
+OpenAI's: GPT-2's model (learned positions, LayerNorm, GELU, tied embeddings), GPT-3's training (Brown et al. 2020,
+section 2.3, appendix B): AdamW with betas 0.9 and 0.95, weight decay 0.1, clipping at 1.0, warmup, cosine to a tenth.
+Meta's: Llama's model and training (Touvron et al. 2023, sections 2.2 and 2.3): RMSNorm, SwiGLU, RoPE; the same
+optimiser.
 Both without dropout, since no text is seen twice, and without document masks, as their papers have it.
 """
 
@@ -69,7 +70,7 @@ class Baseline:
         return transformers.LlamaForCausalLM(config)
 
     def flops_per_token(self, model: Any) -> float:
-        """Forward and backward, counted as ModelConfig.flops_per_token does: matrices, and attention at half length."""
+        """Forward and backward, counted as ModelConfig.flops_per_token: matrices, and attention at half length."""
         matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not _is_table(n))
         head = model.get_output_embeddings().weight.numel()
         attention = self.layers * 4 * self.hidden_size * self.sequence_length / 2
@@ -77,7 +78,7 @@ class Baseline:
 
 
 def _is_table(name: str) -> bool:
-    """Input embeddings, positions, and the head, which is counted apart because it may share the embedding's weight."""
+    """Input embeddings, positions, and the head: counted apart, as it may share the embedding's weight."""
     return any(part in name for part in ("embed_tokens", "wte", "wpe", "lm_head"))
 
 

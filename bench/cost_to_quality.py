@@ -4,15 +4,16 @@
     taskset -c 0 python bench/cost_to_quality.py --part race     one part: tune, race, ablate, scale, infer or report
     python bench/cost_to_quality.py --quick                      a minute: shows that it runs, writes nothing
 
-(a) openai: transformers' GPT2LMHeadModel, (b) meta: its LlamaForCausalLM, both with AdamW and a cosine (bench/baselines.py);
-(c) modern: a dense model, Muon, residual outputs that start at zero, QK-norm (recipes/compare/modern.toml);
-(d) tael: recipes/compare/tael.toml. Same text, same tokenizer, same rows in the same order for equal seeds, fp32 (this CPU
-emulates bf16). One thread each; seconds are processor time of training steps, so that other work on the machine hardly
-counts, and the contestants of a race take turns of a few seconds. The target is what (b) ends at on its worst seed.
+(a) openai: transformers' GPT2LMHeadModel, (b) meta: its LlamaForCausalLM, both with AdamW and a cosine
+(bench/baselines.py); (c) modern: a dense model, Muon, residual outputs that start at zero, QK-norm
+(recipes/compare/modern.toml); (d) tael: recipes/compare/tael.toml. Same text, same tokenizer, same rows in the same
+order for equal seeds, fp32 (this CPU emulates bf16). One thread each; seconds are processor time of training steps:
+other work on the machine hardly counts, and the contestants of a race take turns of a few seconds. The target is
+what (b) ends at on its worst seed.
 
-What is measured goes to runs/cost_to_quality/curves.jsonl, training by training: an interrupted run goes on from there.
-`report` makes results/cost_to_quality.json of it. Learning rates were chosen by `tune` on a seed of its own, at a quarter of
-the steps; the steps of (c) and (d) were chosen on that seed too, so that they end a little better than (b).
+What is measured goes to runs/cost_to_quality/curves.jsonl, race by race: an interrupted run goes on from there.
+`report` makes results/cost_to_quality.json of it. `tune` chose learning rates, and how many steps (c) and (d) need to
+end a little better than (b), on a seed that nothing else uses.
 """
 
 from __future__ import annotations
@@ -76,11 +77,11 @@ SIZES = {
     "middle": Size(128, 4, 500, 150, 150),
     "large": Size(160, 5, 600, 180, 180),
 }
-RATES = {"openai": 3e-3, "meta": 3e-3, "modern": 1e-2, "tael": 1e-2}
+RATES = {"openai": 1.5e-3, "meta": 1.5e-3, "modern": 5e-3, "tael": 5e-3}
 """What `tune` chose."""
 TRIED = {
-    "openai": (3e-3, 6e-3, 1.2e-2),
-    "meta": (3e-3, 6e-3, 1.2e-2),
+    "openai": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "meta": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "modern": (2.5e-3, 5e-3, 1e-2),
     "tael": (2.5e-3, 5e-3, 1e-2),
 }
@@ -163,7 +164,7 @@ def say(contestant: Contestant, point: Point) -> None:
 
 
 def tuning_entrants() -> list[Entrant]:
-    """Three learning rates for each: (a) and (b) at a quarter of their steps, (c) and (d), which are short, at half."""
+    """Learning rates: (a) and (b) at a quarter of their steps, (c) and (d), which are short, at half."""
     size, entrants = SIZES["middle"], []
     for name, rates in TRIED.items():
         steps = size.baseline_steps // 4 if name in ("openai", "meta") else size.tael_steps // 2
@@ -171,10 +172,19 @@ def tuning_entrants() -> list[Entrant]:
     return entrants
 
 
+def horizon_entrants() -> list[Entrant]:
+    """(b) whole, and (c) and (d) in few steps: how many they need to end where (b) does."""
+    size = SIZES["middle"]
+    short = [(name, steps) for name in ("modern", "tael") for steps in (40, 60)]
+    return [entrant("meta", size)] + [renamed(entrant(n, size, steps=s), f"{n} in {s} steps") for n, s in short]
+
+
 def tune(bench: Bench) -> None:
-    entrants = tuning_entrants()
-    for start in range(0, len(entrants), 3):
-        bench.run(entrants[start : start + 3], [TUNING_SEED])
+    """Race what is not known yet, four at a time."""
+    entrants = [e for e in tuning_entrants() if not bench.known([e], [TUNING_SEED])]
+    for start in range(0, len(entrants), 4):
+        bench.run(entrants[start : start + 4], [TUNING_SEED])
+    bench.run(horizon_entrants(), [TUNING_SEED])
 
 
 FOUR = ("openai", "meta", "modern", "tael")
@@ -210,12 +220,13 @@ def ablations() -> list[Entrant]:
     return [renamed(entrant(name, size, **extra), label) for label, extra in changes.items()]
 
 
+def three(size: Size) -> list[Entrant]:
+    return [entrant(name, size) for name in ("meta", "modern", "tael")]
+
+
 def scale(bench: Bench) -> dict[str, list[Curve]]:
     """(b), (c) and (d) at three sizes; the middle one's are the race's own, on its first seed."""
-    return {
-        name: bench.run([entrant(which, size) for which in ("meta", "modern", "tael")], SEEDS[:1])
-        for name, size in SIZES.items()
-    }
+    return {name: bench.run(three(size), SEEDS[:1]) for name, size in SIZES.items()}
 
 
 def infer(bench: Bench) -> list[dict[str, Any]]:
@@ -286,14 +297,18 @@ def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, An
     if ablated:
         content["tables"].append(ablation_table(ablated, result.target))
         content["ablations"] = [curve.model_dump() for curve in ablated]
-    scaled = {n: bench.known([entrant(w, s) for w in ("meta", "modern", "tael")], SEEDS[:1]) for n, s in SIZES.items()}
+    scaled = {
+        name: bench.known(three(size), SEEDS[:1]) for name, size in SIZES.items()
+    }
     if all(len(found) == 3 for found in scaled.values()):
         table, content["scaling"] = scaling_table(scaled)
         content["tables"].append(table)
     if inference:
         content["inference"] = inference
-        rows = [[r["name"], f"{r['cache_bytes_per_token']:,}", f"{r['decode_tokens_per_second']:,}"] for r in inference]
-        notes = ["Middle size, Tael's engine for all, greedy, 64 tokens of prompt and 128 of answer, fp32, one thread. "
+        rows = [
+            [r["name"], f"{r['cache_bytes_per_token']:,}", f"{r['decode_tokens_per_second']:,}"] for r in inference
+        ]
+        notes = ["Middle size, Tael's engine for all, greedy, 64 tokens of prompt, 128 of answer, fp32, one thread. "
                  "QK-norm (modern) runs on torch, the others on the C++ operator."]  # fmt: skip
         content["tables"].append(
             {"columns": ["Inference", "cache, bytes a token (16-bit)", "tokens/s"], "rows": rows, "notes": notes}
@@ -328,10 +343,10 @@ def race_table(result: Any) -> Table:
             f"${row.dollars:.5f}" if there else "",
             _spread(row.cheaper, ".2f") if row.cheaper else "",
         ])  # fmt: skip
-    columns = ["recipe", "parameters / active", "tokens/s", "ends at, bits/byte", "seconds to target", "tokens", "FLOPs",
-               "dollars", "times cheaper than meta"]  # fmt: skip
-    notes = [f"Target: {result.target:.4f} held-out bits per byte, where meta ends on its worst seed. Median, least and "
-             f"most over {len(SEEDS)} seeds; the quotient is taken seed by seed. A core costs "
+    columns = ["recipe", "parameters / active", "tokens/s", "ends at, bits/byte", "seconds to target", "tokens",
+               "FLOPs", "dollars", "times cheaper than meta"]  # fmt: skip
+    notes = [f"Target: {result.target:.4f} held-out bits per byte, where meta ends on its worst seed. Median, least "
+             f"and most over {len(SEEDS)} seeds; the quotient is taken seed by seed. A core costs "
              f"${DOLLARS_PER_CORE_HOUR:.2f} an hour."]  # fmt: skip
     return {"columns": columns, "rows": rows, "notes": notes}
 
@@ -361,10 +376,10 @@ def ablation_table(curves: Sequence[Curve], target: float) -> Table:
             f"{statistics.mean(seconds):.0f}" if len(seconds) == len(own) else "not reached",
             f"{own[0].cache_bytes_per_token:,}",
         ])  # fmt: skip
-    columns = ["Tael's recipe", "parameters / active", "ends at, bits/byte", "change, by seed", "time a step", "seconds to target",
-               "cache, bytes a token"]  # fmt: skip
-    notes = ["Equal steps and batches; time a step over the whole recipe's. Seconds to the race's target, a straight line "
-             "between evaluations. Emulated FP8 shows quality alone: it computes in fp32 and saves nothing here."]  # fmt: skip
+    columns = ["Tael's recipe", "parameters / active", "ends at, bits/byte", "change, by seed", "time a step",
+               "seconds to target", "cache, bytes a token"]  # fmt: skip
+    notes = ["Equal steps and batches; time over the whole recipe's. Seconds to the race's target on a "
+             "straight line between evaluations. Emulated FP8 shows quality alone: it saves nothing here."]  # fmt: skip
     return {"columns": columns, "rows": rows, "notes": notes}
 
 
@@ -385,7 +400,9 @@ def scaling_table(scaled: dict[str, list[Curve]]) -> tuple[Table, dict[str, Any]
     ]
     crossings = {f"{one} and {other}": crossing(laws[one], laws[other]) for one, other in PAIRS}
     for pair, seconds in crossings.items():
-        notes.append(f"{pair}: " + ("no crossing" if seconds is None else f"the lines cross at {seconds:.3g} core-seconds"))
+        notes.append(
+            f"{pair}: " + ("no crossing" if seconds is None else f"the lines cross at {seconds:.3g} core-seconds")
+        )
     columns = ["size", "parameters", "tokens", "FLOPs", "seconds", "ends at, bits/byte"]
     return {"columns": columns, "rows": rows, "notes": notes}, {"laws": laws, "crossings": crossings}
 

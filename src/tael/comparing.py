@@ -25,7 +25,7 @@ def compare(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE RECIPE...", help="Two recipes or more.")],
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Trainings of each, with seeds 0, 1, ...")] = 3,
     baseline: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Whose last quality is the target; the first recipe unless given.")
+        str | None, typer.Option(metavar="NAME", help="Whose last quality is the target; the first's unless given.")
     ] = None,
     target: Annotated[
         float | None, typer.Option(min=0, metavar="BITS", help="The target itself, in held-out bits per byte.")
@@ -35,14 +35,14 @@ def compare(
         int, typer.Option(min=1, help="1 counts processor time, which other work hardly moves; more need idle cores.")
     ] = 1,
     price: Annotated[
-        float | None, typer.Option(min=0, metavar="DOLLARS", help="An hour of the machine; the first recipe's unless given.")
+        float | None, typer.Option(min=0, metavar="DOLLARS", help="An hour of the machine; as the first recipe says.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of every recipe.")
     ] = None,
-    run_dir: Annotated[Path, typer.Option(help="Where finished trainings are kept; a rerun goes on from there.")] = Path(
-        "runs/compare"
-    ),
+    run_dir: Annotated[
+        Path, typer.Option(help="Where finished trainings are kept; a rerun goes on from there.")
+    ] = Path("runs/compare"),
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Train recipes in turns on one text, and say what each spent to reach the first one's quality."""
@@ -64,9 +64,7 @@ def compare(
     _say(curves, loaded, baseline or (names[0] if target is None else None), target, price, run_dir, as_json)
 
 
-def _curves(
-    recipes: list[Recipe], seeds: list[int], documents: int, threads: int, run_dir: Path
-) -> list[Curve]:
+def _curves(recipes: list[Recipe], seeds: list[int], documents: int, threads: int, run_dir: Path) -> list[Curve]:
     """Every recipe's training with every seed; those in the folder's record are not run again."""
     import torch
 
@@ -177,5 +175,3 @@ def spread(values: Spread, form: str) -> str:
     if form.format(values.low) == form.format(values.high):
         return middle
     return f"{middle} ({form.format(values.low).rstrip(' sx')}-{form.format(values.high).rstrip(' sx')})"
-
-

@@ -19,7 +19,9 @@ MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 def recipe(folder: Path, stem: str, **changes: object) -> Path:
     text = folder / "text.jsonl"
     if not text.exists():
-        words = [f"line {i}: the {i % 7} brown foxes jump over {i % 5} lazy dogs, again and again." for i in range(300)]
+        words = [
+            f"line {i}: the {i % 7} brown foxes jump over {i % 5} lazy dogs, again and again." for i in range(300)
+        ]
         text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
     table = {
         "name": stem,

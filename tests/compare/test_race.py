@@ -127,7 +127,7 @@ def test_the_baseline_reaches_its_own_target_on_every_seed() -> None:
 
 def test_who_to_compare_with() -> None:
     curves = [curve("base", 0, [(5.0, 3.0)])]
-    with pytest.raises(TaelError, match="no contestant is named 'bas'.*base"):
+    with pytest.raises(TaelError, match=r"no contestant is named 'bas'.*base"):
         standings(curves, 1.0, "bas")
     with pytest.raises(TaelError, match="at which quality"):
         standings(curves, 1.0)

@@ -35,10 +35,8 @@ def curves_picture(curves: Sequence[Curve], target: float | None = None, axis: A
     to_y = _scale(low - 0.03 * (high - low), high, HEIGHT - BOTTOM, TOP)
     parts = [_grid(min(across), max(across), low, high, axis, to_x, to_y)]
     if target is not None:
-        y = to_y(target)
-        parts.append(
-            f'<line class="target" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke-dasharray="5 4"/>'
-        )
+        ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{to_y(target):.1f}" y2="{to_y(target):.1f}"'
+        parts.append(f'<line class="target" {ends} stroke-dasharray="5 4"/>')
     for index, name in enumerate(names):
         colour = COLOURS[index % len(COLOURS)]
         own = [curve for curve in curves if curve.name == name]
@@ -85,7 +83,9 @@ def _grid(
     for value in _round_numbers(left, right):
         x = to_x(math.log(value))
         lines.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        lines.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(shown(value))}</text>')
+        lines.append(
+            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(shown(value))}</text>'
+        )
     lines.append(f'<text x="{LEFT}" y="{HEIGHT - 6}">{title} (logarithmic); upwards: held-out bits per byte</text>')
     return "".join(lines)
 

@@ -100,8 +100,3 @@ class RecipeContestant:
     def bits_per_byte(self) -> float:
         model = self._trainer.twin.compute
         return bits_per_byte(model, self._tokenizer, self._held_out, self._length).bits_per_byte
-
-    @property
-    def model(self):  # noqa: ANN201
-        """The trained model."""
-        return self._trainer.model

@@ -28,7 +28,7 @@ class Point(BaseModel):
 
 
 class Curve(BaseModel):
-    """One finished training: what it was (`setup` tells its settings apart from others' of that name), how it went."""
+    """One finished training: what it was (`setup` tells its settings from others' of that name), how it went."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

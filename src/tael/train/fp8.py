@@ -1,9 +1,9 @@
-"""FP8 training emulated: the values of DeepSeek-V3's FP8 recipe, computed in fp32, so any machine shows what it costs in quality.
+"""FP8 training emulated: the values of DeepSeek-V3's FP8 recipe, computed in fp32: any machine shows its quality.
 
-As in V3 (section 3.3): products of the blocks' matrices take E4M3 operands, activations and gradients with one scale for
-1 x 128 values of a row, weights with one for 128 x 128; sums are fp32; embedding, head, router, norms and attention
-itself stay as they are; the optimiser owns fp32 masters. One thing differs: the weight gradient's operands keep their
-rows' tiles, where V3 scales them anew along the tokens. It is slower than fp32; it saves nothing here.
+As in V3 (section 3.3): products of the blocks' matrices take E4M3 operands, activations and gradients with one scale
+for 1 x 128 values of a row, weights with one for 128 x 128; sums are fp32; embedding, head, router, norms and
+attention itself stay as they are; the optimiser owns fp32 masters. One thing differs: the weight gradient's operands
+keep their rows' tiles, where V3 scales them anew along the tokens. It is slower than fp32; it saves nothing here.
 """
 
 from __future__ import annotations
