@@ -62,6 +62,11 @@ def take(browser: Browser) -> None:
     runs.wait_for_load_state("networkidle")
     runs.wait_for_timeout(3000)  # the curves are drawn
     runs.screenshot(path=DOCS / "runs.png")
+    plan = browser.new_page(viewport={"width": 1280, "height": 1500}, color_scheme="light")
+    plan.goto(f"{URL}/plan?model=deepseek-v3&chips=2048&price=2")
+    plan.get_by_role("img", name=re.compile("^Dollars over the link's speed")).wait_for()
+    plan.wait_for_timeout(1000)  # the curves are drawn
+    plan.screenshot(path=DOCS / "plan.png")
     phone = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="light")
     phone.goto(URL)
     phone.wait_for_load_state("networkidle")

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tael.cost.charts import prediction_figure
 from tael.cost.compared import compare, summary_line
 from tael.cost.here import StagePlan
 from tael.cost.kept import find_kept, keep, kept_at, settle
@@ -188,6 +190,16 @@ def test_a_finished_run_is_compared(finished_run: Path, ledger: Ledger) -> None:
         "took 9.3 min: 1.19 times"
     )
     assert compare(run, None, prediction)[0].rows[0].measured == "30.0 s"  # without a ledger, the run's own files
+
+
+def test_the_chart_is_valid_plotly_and_there_is_none_of_nothing() -> None:
+    figure = prediction_figure([("a<b", 60.0, 90.0), ("rl", 30.0, 10.0)])
+    assert figure is not None
+    plotly.graph_objects.Figure(figure["data"], figure["layout"])  # raises for an unknown property
+    assert [trace["x"] for trace in figure["data"]] == [[60.0, 30.0], [90.0, 10.0]]
+    assert figure["data"][0]["y"][0] == "a&lt;b" and prediction_figure([]) is None
+    long = prediction_figure([("run", 7200.0, 36000.0)])
+    assert long is not None and long["data"][1]["x"] == [10.0]  # hours
 
 
 def test_half_a_run_shows_what_there_is(pretrain_only: Path) -> None:

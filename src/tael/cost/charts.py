@@ -285,7 +285,7 @@ def imbalance_figure(run: RunRecord) -> Figure | None:
 
 
 def prediction_figure(stages: list[tuple[str, float, float]]) -> Figure | None:
-    """(name, predicted, measured) seconds as pairs of bars, the predicted ones hatched; None without any."""
+    """(name, predicted, measured) seconds as pairs of bars, the predicted ones hollow; None without any."""
     if not stages:
         return None
     longest = max(max(one, other) for _, one, other in stages)
@@ -299,12 +299,12 @@ def prediction_figure(stages: list[tuple[str, float, float]]) -> Figure | None:
             "y": names,
             "x": [seconds / divisor for seconds in values],
             "name": words,
-            "marker": {"color": colour, "pattern": {"shape": shape, "fgcolor": SURFACE, "solidity": 0.3}},
+            "marker": {"color": fill, "line": {"color": colour, "width": 2}},
             "hovertemplate": f"%{{x:.3g}} {unit}",
         }
-        for values, words, colour, shape in (
-            ([one for _, one, _ in stages], "predicted", BLUE, "/"),
-            ([other for _, _, other in stages], "measured", ORANGE, ""),
+        for values, words, colour, fill in (
+            ([one for _, one, _ in stages], "predicted", BLUE, SURFACE),
+            ([other for _, _, other in stages], "measured", ORANGE, ORANGE),
         )
     ]
     layout = _layout(
