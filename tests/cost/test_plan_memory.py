@@ -111,7 +111,7 @@ MUON = OptimizerSettings(matrices="muon", newton_schulz_steps=1)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense, large vocabulary, short, AdamW": (
         {
-            "model_type": "llama", "vocab_size": 16000, "hidden_size": 256, "intermediate_size": 768,
+            "model_type": "llama", "vocab_size": 12000, "hidden_size": 256, "intermediate_size": 768,
             "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         },
         {"batch_size": 8, "sequence_length": 128, "optimizer": ADAMW},
@@ -121,14 +121,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "vocab_size": 2048, "hidden_size": 256, "moe_intermediate_size": 192, "num_hidden_layers": 4,
             "num_nextn_predict_layers": 1,
         },
-        {"batch_size": 8, "sequence_length": 256, "optimizer": MUON},
+        {"batch_size": 8, "sequence_length": 192, "optimizer": MUON},
     ),
     "long sequences in micro-batches, AdamW": (
         {
             "vocab_size": 1024, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3,
             "num_attention_heads": 8, "n_routed_experts": None, "qk_nope_head_dim": 16, "v_head_dim": 16,
         },
-        {"batch_size": 8, "micro_batch_size": 4, "sequence_length": 512, "optimizer": ADAMW},
+        {"batch_size": 8, "micro_batch_size": 4, "sequence_length": 384, "optimizer": ADAMW},
     ),
     "many experts, few tokens, Muon": (
         {
@@ -142,31 +142,37 @@ AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Freed memory goes back to the system at once, so that a process is as large as what it holds."""
 
 
-def grown(model: dict[str, Any], settings: PretrainSettings, folder: Path, malloc: dict[str, str]) -> dict[str, int]:
-    """What a process of its own grew by: {"step", "judging", "saving"}."""
+@pytest.fixture(scope="module")
+def weighed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    """By how many bytes a process grew while it trained each of CASES: {"step", "judging", "saving"}."""
     program = Path(__file__).with_name("train_and_weigh.py")
-    arguments = [json.dumps(model), settings.model_dump_json(), str(folder)]
+    cases = {name: [model, settings_of(name).model_dump(mode="json")] for name, (model, _) in CASES.items()}
     kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    environment = kept | {"OMP_NUM_THREADS": "1"} | malloc
     done = subprocess.run(
-        [sys.executable, str(program), *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(program), json.dumps(cases), str(tmp_path_factory.mktemp("weighed"))],
+        env=kept | AT_ONCE | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout)
     if result is None:
         pytest.skip("this system cannot reset a process's peak")
     return result
 
 
+def settings_of(name: str) -> PretrainSettings:
+    return PretrainSettings(precision="fp32", eval_documents=32, **CASES[name][1])
+
+
 @pytest.mark.parametrize("name", list(CASES))
-def test_memory_is_within_15_percent_of_a_process_that_trains(name: str, tmp_path: Path) -> None:
-    model, changed = CASES[name]
-    settings = PretrainSettings(precision="fp32", eval_documents=32, **changed)
-    predicted = trainer_memory(TrainingStep.of(ModelConfig.from_dict(model), settings))
-    measured = grown(model, settings, tmp_path, AT_ONCE)
+def test_memory_is_within_15_percent_of_a_process_that_trains(name: str, weighed: dict[str, dict[str, int]]) -> None:
+    config, measured = ModelConfig.from_dict(CASES[name][0]), weighed[name]
+    predicted = trainer_memory(TrainingStep.of(config, settings_of(name)))
     expected = {"step": predicted.step, "judging": predicted.judging, "saving": predicted.saving}
     print(name, {phase: (round(expected[phase] / 1e6), round(grown / 1e6)) for phase, grown in measured.items()})
-    assert predicted.step > 200e6
+    assert predicted.step > 150e6  # beside which what the process keeps of its own is small
     assert measured == pytest.approx(expected, rel=0.15)
 
 

@@ -1,9 +1,9 @@
-"""Trains a model for two steps in a process of its own and prints by how many bytes the process grew.
+"""Trains models for two steps each in a process of its own and prints by how many bytes it grew.
 
-    python train_and_weigh.py MODEL_JSON SETTINGS_JSON DIRECTORY     prints {"step": .., "judging": .., "saving": ..}
+    python train_and_weigh.py CASES DIRECTORY     prints {name: {"step": .., "judging": .., "saving": ..}}
 
-A small model of the same kind is trained first, so that the resting size holds the program's own pages: libraries are
-read into memory where they are first used.
+CASES is JSON: {name: [model, settings]}. A small model of the same kind is trained before each, so that the
+resting size holds the program's own pages: libraries are read into memory where they are first used.
 """
 
 from __future__ import annotations
@@ -67,24 +67,33 @@ def smaller(config: ModelConfig) -> ModelConfig:
     return replace(config, vocab_size=300, hidden_size=64, intermediate_size=64, moe_intermediate_size=32)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    config = ModelConfig.from_dict(json.loads(sys.argv[1]))
-    settings, directory = PretrainSettings.model_validate_json(sys.argv[2]), Path(sys.argv[3])
+def weigh(config: ModelConfig, settings: PretrainSettings, directory: Path) -> dict[str, int]:
+    """How much larger the process is at the peak of each phase than it was before the model."""
     few = settings.model_copy(update={"batch_size": 2, "micro_batch_size": None, "sequence_length": 32})
     train(smaller(config), few, directory / "warm")
     gc.collect()
-    if not reset_peak_memory():
-        print(json.dumps(None))
-        return
     resting, grown = psutil.Process().memory_info().rss, {}
+    reset_peak_memory()
 
     def done(phase: str) -> None:
         grown[phase] = peak_memory_bytes() - resting
         reset_peak_memory()
 
     train(config, settings, directory / "stage", done)
-    print(json.dumps(grown))
+    return grown
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if not reset_peak_memory():
+        print(json.dumps(None))
+        return
+    result = {}
+    for number, (name, (model, settings)) in enumerate(json.loads(sys.argv[1]).items()):
+        directory = Path(sys.argv[2]) / str(number)
+        directory.mkdir()
+        result[name] = weigh(ModelConfig.from_dict(model), PretrainSettings.model_validate(settings), directory)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
