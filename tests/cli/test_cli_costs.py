@@ -149,6 +149,7 @@ def test_the_table_fits_and_says_what_it_shows(
     ):
         assert word in text.replace("\n", " "), text
     assert "…" not in text and ("Memory" in text) == (width >= 100)
+    assert "\n  Evaluation " in text  # no heading is broken over lines
     assert "Energy" not in text  # nobody knows it
     assert "Costs of a by stage" in call("costs", "a").stdout
     assert "since 2025-03-02" in call("costs", "--since", "2025-03-02").stdout

@@ -23,8 +23,8 @@ from tael.errors import TaelError, did_you_mean
 
 LineKind = Literal["training", "evaluation", "serving"]
 KINDS: tuple[LineKind, ...] = ("training", "evaluation", "serving")
-WIDE = 100
-"""Columns of a terminal in which every figure has room."""
+KEY = 14
+"""Characters of a name that are not broken over lines before a figure that can be spared gives way."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ def cost_cells(total: Total) -> tuple[str, ...]:
 
 _COLUMNS: tuple[str, ...] = ("Tokens", "FLOPs", "Util", "Time", "Memory", "Energy", "Cost", "Charged")
 _ALWAYS = ("Tokens", "Time", "Cost")
+_SPARED = ("Memory", "Energy", "Util", "FLOPs")
+"""What a narrow terminal goes without, in this order; --json has all."""
 _BOUNDED: tuple[str, ...] = ("FLOPs", "Time", "Cost")
 
 
@@ -134,9 +136,7 @@ def line_table(lines: Sequence[Line], by: str, title: str, width: int = 80, empt
     """The lines with their sum, a section for each kind; fits `width` columns from 80 on."""
     rows = [_cells(line) for line in lines]
     sums = _sums(lines)
-    shown = [name for name in _COLUMNS if name in _ALWAYS or any(row[name] != units.MISSING for row in rows)]
-    if "Charged" in shown and width < WIDE:
-        shown = [name for name in shown if name != "Memory"]
+    shown = _fitting([sums, *rows], [by, *(line.total.key for line in lines), *(line.kind for line in lines)], width)
     table = Table(
         title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), show_footer=len(lines) > 1
     )
@@ -150,8 +150,19 @@ def line_table(lines: Sequence[Line], by: str, title: str, width: int = 80, empt
             table.add_row(Text(line.kind.capitalize(), style="bold"))
         # Text, not str: rich would read [brackets] in a name as markup.
         table.add_row(Text(line.total.key), *(row[name] for name in shown))
-    table.caption, table.caption_justify = Text(_caption(lines) if lines else empty), "left"
+    table.caption, table.caption_justify = Text(_caption(lines, shown) if lines else empty), "left"
     return table
+
+
+def _fitting(rows: Sequence[dict[str, str]], keys: Sequence[str], width: int) -> list[str]:
+    """The columns that have anything to say, and go into `width` beside the keys."""
+    wide = {name: max(len(name), *(len(row[name]) for row in rows)) for name in _COLUMNS}
+    shown = [name for name in _COLUMNS if name in _ALWAYS or any(row[name] != units.MISSING for row in rows)]
+    for name in _SPARED:
+        taken = min(KEY, max(map(len, keys))) + sum(wide[each] for each in shown) + 3 * len(shown) + 4
+        if taken > width and name in shown:
+            shown.remove(name)
+    return shown
 
 
 def _cells(line: Line) -> dict[str, str]:
@@ -170,14 +181,14 @@ def _sums(lines: Sequence[Line]) -> dict[str, str]:
     return dict(zip(_COLUMNS, (*cost_cells(sum_totals([line.total for line in lines])), charged), strict=True))
 
 
-def _caption(lines: Sequence[Line]) -> str:
+def _caption(lines: Sequence[Line], shown: Sequence[str]) -> str:
     whole = sum_totals([line.total for line in lines])
     served = [line.answers for line in lines if line.answers is not None]
     known = whole.price_per_hour is not None and not served
     notes = [f"at {units.money(whole.price_per_hour)} an hour" if known else "at the prices of their time"]
-    if whole.joules_estimated:
+    if whole.joules_estimated and "Energy" in shown:
         notes.append("~ energy is estimated from average watts")
-    if whole.peak_memory_bytes:
+    if "Memory" in shown:
         notes.append("memory is the largest of its entries")
     if served:
         notes.append("serving: what the engine was busy, beside what was charged")
