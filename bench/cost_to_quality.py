@@ -57,62 +57,36 @@ DOLLARS_PER_CORE_HOUR = 0.04
 Entrant = Recipe | Baseline
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """One size of all four: widths and layers, and how long (a) and (b), (c), and (d) train."""
-
-    hidden: int
-    layers: int
-    baseline_steps: int
-    modern_steps: int
-    tael_steps: int
-
-    @property
-    def intermediate(self) -> int:
-        return 32 * round(8 / 3 * self.hidden / 32)
-
-
-SIZES = {
-    "small": Size(96, 3, 250, 75, 75),
-    "middle": Size(128, 4, 500, 150, 150),
-    "large": Size(160, 5, 600, 180, 180),
-}
-RATES = {"openai": 1.5e-3, "meta": 1.5e-3, "modern": 5e-3, "tael": 5e-3}
-"""What `tune` chose."""
+HIDDEN, INTERMEDIATE, BATCH, LENGTH = 128, 352, 8, 256
+STEPS = {"openai": 500, "meta": 500, "modern": 200, "tael": 260}
+DEPTH = {"openai": 4, "meta": 4, "modern": 4, "tael": 1}
+RATES = {"openai": 1.5e-3, "meta": 1.5e-3, "modern": 1.5e-2, "tael": 1.5e-2}
+"""Learning rates that `tune` chose; (c) and (d) train their matrices, by Muon, at MATRICES."""
+MATRICES = 5e-3
 TRIED = {
     "openai": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "meta": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "modern": (2.5e-3, 5e-3, 1e-2),
     "tael": (2.5e-3, 5e-3, 1e-2),
 }
+DEPTHS = (1, 2, 4)
 
 
-def entrant(name: str, size: Size, rate: float | None = None, steps: int | None = None, **extra: str) -> Entrant:
-    """One of the four at `size`; `extra` are overrides of (c)'s and (d)'s recipes."""
-    rate = RATES[name] if rate is None else rate
+def entrant(
+    name: str, depth: int | None = None, rate: float | None = None, steps: int | None = None, **extra: str
+) -> Entrant:
+    """One of the four; `extra` are overrides of (c)'s and (d)'s recipes."""
+    depth, rate, steps = depth or DEPTH[name], rate or RATES[name], steps or STEPS[name]
     if name in ("openai", "meta"):
-        kind, width = ("gpt2", 4 * size.hidden) if name == "openai" else ("llama", size.intermediate)
-        return Baseline(
-            name, kind, size.hidden, size.layers, size.hidden // 32, width,  # type: ignore[arg-type]
-            steps or size.baseline_steps, 8, 256, rate,
-        )  # fmt: skip
-    own = size.modern_steps if name == "modern" else size.tael_steps
+        kind, width = ("gpt2", 4 * HIDDEN) if name == "openai" else ("llama", INTERMEDIATE)
+        return Baseline(name, kind, HIDDEN, depth, HIDDEN // 32, width, steps, BATCH, LENGTH, rate)  # type: ignore[arg-type]
     values: dict[str, Any] = {
-        "model.hidden_size": size.hidden,
-        "model.num_hidden_layers": size.layers,
-        "model.num_attention_heads": size.hidden // 32,
-        "model.intermediate_size": size.intermediate,
-        "stages.pretrain.steps": steps or own,
+        "model.num_hidden_layers": depth,
+        "stages.pretrain.steps": steps,
         "stages.pretrain.optimizer.learning_rate": rate,
+        "stages.pretrain.optimizer.matrix_learning_rate": MATRICES,
     }
-    if name == "tael":
-        values |= {"model.moe_intermediate_size": expert_width(size), "model.kv_lora_rank": size.hidden // 4}
     return load_recipe(RECIPES / f"{name}.toml", [f"{key}={value}" for key, value in (values | extra).items()])
-
-
-def expert_width(size: Size) -> int:
-    """A third of the dense width: two routed experts and the shared one together are as wide as it."""
-    return 8 * round(size.intermediate / 3 / 8)
 
 
 def renamed(entrant: Entrant, name: str) -> Entrant:
@@ -163,82 +137,65 @@ def say(contestant: Contestant, point: Point) -> None:
 # ------------------------------------------------------------------ parts
 
 
-def tuning_entrants() -> list[Entrant]:
-    """Learning rates: (a) and (b) at a quarter of their steps, (c) and (d), which are short, at half."""
-    size, entrants = SIZES["middle"], []
-    for name, rates in TRIED.items():
-        steps = size.baseline_steps // 4 if name in ("openai", "meta") else size.tael_steps // 2
-        entrants += [renamed(entrant(name, size, rate, steps), f"{name} at {rate:g}") for rate in rates]
-    return entrants
-
-
-def horizon_entrants() -> list[Entrant]:
-    """(b) whole, and (c) and (d) in few steps: how many they need to end where (b) does."""
-    size = SIZES["middle"]
-    short = [(name, steps) for name in ("modern", "tael") for steps in (40, 60)]
-    return [entrant("meta", size)] + [renamed(entrant(n, size, steps=s), f"{n} in {s} steps") for n, s in short]
-
-
 def tune(bench: Bench) -> None:
-    """Race what is not known yet, four at a time."""
-    entrants = [e for e in tuning_entrants() if not bench.known([e], [TUNING_SEED])]
-    for start in range(0, len(entrants), 4):
-        bench.run(entrants[start : start + 4], [TUNING_SEED])
-    bench.run(horizon_entrants(), [TUNING_SEED])
+    """Learning rates: (a) and (b) at a quarter of their steps, (c) and (d) in 75; then (b) whole, for its end."""
+    for name, rates in TRIED.items():
+        steps, matrices = 75, "stages.pretrain.optimizer.matrix_learning_rate"
+        if name in ("openai", "meta"):
+            entrants = [entrant(name, rate=rate, steps=STEPS[name] // 4) for rate in rates]
+        else:
+            entrants = [entrant(name, 4, rate, steps, **{matrices: str(rate)}) for rate in rates]
+        bench.run([renamed(e, f"{name} at {r:g}") for e, r in zip(entrants, rates, strict=True)], [TUNING_SEED])
+    bench.run([entrant("meta")], [TUNING_SEED])
 
 
 FOUR = ("openai", "meta", "modern", "tael")
 
 
-def four(size: Size) -> list[Entrant]:
-    return [entrant(name, size) for name in FOUR]
+def four() -> list[Entrant]:
+    return [entrant(name) for name in FOUR]
 
 
 def ablations() -> list[Entrant]:
     """Tael's recipe with one thing changed; the whole one first."""
-    size, name = SIZES["middle"], "tael"
     stage, model = "stages.pretrain", "model"
-    width = expert_width(size)
     changes: dict[str, dict[str, str]] = {
         "tael": {},
         "MLA -> grouped-query attention": {f"{model}.model_type": '"dots1"'},
-        "experts -> dense, as wide as active": {f"{model}.n_routed_experts": "0"},
+        "experts -> dense, as wide as active": {f"{model}.n_routed_experts": "0", f"{model}.intermediate_size": "336"},
         "no shared expert, three routed": {f"{model}.n_shared_experts": "0", f"{model}.num_experts_per_tok": "3"},
-        "16 experts of half the width": {
-            f"{model}.n_routed_experts": "16", f"{model}.num_experts_per_tok": "4",
-            f"{model}.moe_intermediate_size": str(width // 2), f"{model}.n_shared_experts": "2",
-        },
         "auxiliary loss in place of the bias": {
             f"{stage}.bias_update_speed": "0.0", f"{stage}.balance_loss_weight": "0.01",
         },
         "with multi-token prediction": {f"{model}.num_nextn_predict_layers": "1", f"{stage}.mtp_weight": "0.3"},
         "FP8, emulated": {f"{stage}.precision": '"fp8-emulated"'},
+        "one rate for all, as for the matrices": {f"{stage}.optimizer.learning_rate": str(MATRICES)},
         "Muon -> AdamW": {
             f"{stage}.optimizer.matrices": '"adamw"', f"{stage}.optimizer.learning_rate": str(RATES["meta"]),
         },
     }  # fmt: skip
-    return [renamed(entrant(name, size, **extra), label) for label, extra in changes.items()]
+    return [renamed(entrant("tael", **extra), label) for label, extra in changes.items()]
 
 
-def three(size: Size) -> list[Entrant]:
-    return [entrant(name, size) for name in ("meta", "modern", "tael")]
+def at_depths(name: str) -> list[Entrant]:
+    """One of (b), (c) and (d) at every depth, each as long as in the race."""
+    return [renamed(entrant(name, depth), name if depth == DEPTH[name] else deep(name, depth)) for depth in DEPTHS]
 
 
-def scale(bench: Bench) -> dict[str, list[Curve]]:
-    """(b), (c) and (d) at three sizes; the middle one's are the race's own, on its first seed."""
-    return {name: bench.run(three(size), SEEDS[:1]) for name, size in SIZES.items()}
+def deep(name: str, depth: int) -> str:
+    return f"{name}, {depth} layer{'s' if depth > 1 else ''}"
 
 
 def infer(bench: Bench) -> list[dict[str, Any]]:
-    """Bytes of cache and tokens a second at the race's sizes, both on Tael's engine (weights do not change speed)."""
-    size, rows = SIZES["middle"], []
+    """Bytes of cache and tokens a second of the race's models, both on Tael's engine (weights do not change speed)."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        baseline = entrant("meta", size)
+        baseline = entrant("meta")
         assert isinstance(baseline, Baseline)
         baseline.build(bench.prepared.tokenizer.vocab_size).save_pretrained(folder)
         models = {"meta": load_model(folder)}
     for name in ("modern", "tael"):
-        recipe = entrant(name, size)
+        recipe = entrant(name)
         assert isinstance(recipe, Recipe)
         models[name] = build_model(model_config(recipe, bench.prepared.tokenizer), 0)
     engines = {name: Engine(model) for name, model in models.items()}
@@ -278,8 +235,7 @@ def crossing(one: tuple[float, float], other: tuple[float, float]) -> float | No
 
 def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, Any]:
     """Tables of all that is in the record; parts that were not run are left out."""
-    middle = SIZES["middle"]
-    curves = bench.known(four(middle), SEEDS)
+    curves = bench.known(four(), SEEDS)
     content: dict[str, Any] = {
         "title": "Equal quality for less: four recipes on one corpus",
         "command": "taskset -c 0 python bench/cost_to_quality.py",
@@ -290,25 +246,22 @@ def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, An
     result = standings(curves, DOLLARS_PER_CORE_HOUR, "meta")
     content["standings"] = result.to_dict()
     content["tables"].append(race_table(result))
-    tuning = [bench.known([e], [TUNING_SEED]) for e in tuning_entrants()]
-    if all(tuning):
-        content["tables"].append(tuning_table([found[0] for found in tuning]))
-    ablated = bench.known(ablations(), SEEDS[:2])
+    ablated = bench.known(ablations(), SEEDS[:1])
     if ablated:
         content["tables"].append(ablation_table(ablated, result.target))
         content["ablations"] = [curve.model_dump() for curve in ablated]
-    scaled = {
-        name: bench.known(three(size), SEEDS[:1]) for name, size in SIZES.items()
-    }
-    if all(len(found) == 3 for found in scaled.values()):
-        table, content["scaling"] = scaling_table(scaled)
+    scaled = {name: bench.known(at_depths(name), SEEDS[:1]) for name in FOUR[1:]}
+    if all(len(found) == len(DEPTHS) for found in scaled.values()):
+        table, content["scaling"] = scaling_table(scaled, result.target)
         content["tables"].append(table)
+    if tuned := [curve for curve in bench.record.curves() if curve.seed == TUNING_SEED]:
+        content["tables"].append(tuning_table(tuned))
     if inference:
         content["inference"] = inference
         rows = [
             [r["name"], f"{r['cache_bytes_per_token']:,}", f"{r['decode_tokens_per_second']:,}"] for r in inference
         ]
-        notes = ["Middle size, Tael's engine for all, greedy, 64 tokens of prompt, 128 of answer, fp32, one thread. "
+        notes = ["Tael's engine for all, greedy, 64 tokens of prompt, 128 of answer, fp32, one thread. "
                  "QK-norm (modern) runs on torch, the others on the C++ operator."]  # fmt: skip
         content["tables"].append(
             {"columns": ["Inference", "cache, bytes a token (16-bit)", "tokens/s"], "rows": rows, "notes": notes}
@@ -353,7 +306,8 @@ def race_table(result: Any) -> Table:
 
 def tuning_table(curves: Sequence[Curve]) -> Table:
     rows = [[c.name, str(c.last.step), f"{c.last.bits_per_byte:.4f}", f"{c.last.seconds:.0f}"] for c in curves]
-    notes = ["Learning rates, each on a seed of its own, at a quarter of the steps."]
+    notes = ["Learning rates, on a seed that nothing else uses; those of (c) and (d) at four layers, one rate for all "
+             "parameters and a shorter decay."]  # fmt: skip
     return {"columns": ["tried", "steps", "ends at, bits/byte", "seconds"], "rows": rows, "notes": notes}
 
 
@@ -379,31 +333,37 @@ def ablation_table(curves: Sequence[Curve], target: float) -> Table:
     columns = ["Tael's recipe", "parameters / active", "ends at, bits/byte", "change, by seed", "time a step",
                "seconds to target", "cache, bytes a token"]  # fmt: skip
     notes = ["Equal steps and batches; time over the whole recipe's. Seconds to the race's target on a "
-             "straight line between evaluations. Emulated FP8 shows quality alone: it saves nothing here."]  # fmt: skip
+             "straight line between evaluations. Emulated FP8 shows quality alone: it saves nothing."]  # fmt: skip
     return {"columns": columns, "rows": rows, "notes": notes}
 
 
-def scaling_table(scaled: dict[str, list[Curve]]) -> tuple[Table, dict[str, Any]]:
-    rows, laws = [], {}
-    for size, curves in scaled.items():
-        for c in curves:
+def scaling_table(scaled: dict[str, list[Curve]], target: float) -> tuple[Table, dict[str, Any]]:
+    """(b), (c) and (d) at three depths: what each ends at, what it took, and where the fitted lines cross."""
+    rows = []
+    for name, curves in scaled.items():
+        for depth, c in zip(DEPTHS, curves, strict=True):
+            reached = c.interpolated(target)
             rows.append([
-                f"{size}: {c.name}", f"{c.parameters_total / 1e6:.2f}M", f"{c.last.tokens / 1e6:.2f}M",
-                f"{c.last.flops / 1e12:.2f}T", f"{c.last.seconds:.0f}", f"{c.last.bits_per_byte:.4f}",
+                deep(name, depth), f"{c.parameters_total / 1e6:.2f}M / {c.parameters_active / 1e6:.2f}M",
+                f"{c.last.tokens / 1e6:.2f}M", f"{c.last.flops / 1e12:.2f}T", f"{c.last.seconds:.0f}",
+                f"{c.last.bits_per_byte:.4f}", "not reached" if reached is None else f"{reached:.0f}",
             ])  # fmt: skip
-    for name in ("meta", "modern", "tael"):
-        laws[name] = power_law([c for curves in scaled.values() for c in curves if c.name == name])
-    notes = [
-        "bits per byte = a x seconds^-b: "
-        + "; ".join(f"{name} {a:.3f}, {b:.4f}" for name, (a, b) in laws.items())
-        + ". Three points a line, one seed: a direction, not a law."
-    ]
+    laws = {name: power_law(curves) for name, curves in scaled.items()}
+    said = "; ".join(f"{name} {a:.3f}, {b:.4f}" for name, (a, b) in laws.items())
+    notes = [f"bits per byte = a x seconds^-b over the three depths: {said}. One seed: a direction, not a law."]
     crossings = {f"{one} and {other}": crossing(laws[one], laws[other]) for one, other in PAIRS}
     for pair, seconds in crossings.items():
-        notes.append(
-            f"{pair}: " + ("no crossing" if seconds is None else f"the lines cross at {seconds:.3g} core-seconds")
-        )
-    columns = ["size", "parameters", "tokens", "FLOPs", "seconds", "ends at, bits/byte"]
+        found = "the lines do not cross" if seconds is None else f"the lines cross at {seconds:.3g} core-seconds"
+        notes.append(f"{pair}: {found}.")
+    columns = [
+        "depth",
+        "parameters / active",
+        "tokens",
+        "FLOPs",
+        "seconds",
+        "ends at, bits/byte",
+        "seconds to target",
+    ]
     return {"columns": columns, "rows": rows, "notes": notes}, {"laws": laws, "crossings": crossings}
 
 
@@ -414,24 +374,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("tune", "race", "ablate", "scale", "infer", "report")
     parser.add_argument("--part", choices=parts, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--seed", type=int, action="append", help="race: only this seed (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="a few steps of all four, no file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(Path(folder))
-            entrants = [entrant(name, SIZES["small"], steps=4) for name in FOUR]
+            entrants = [entrant(name, steps=4) for name in FOUR]
             print_rows(race_table(standings(bench.run(entrants, [0]), DOLLARS_PER_CORE_HOUR, "meta")))
         return
     chosen, bench = options.part or parts, Bench(WORK)
     if "tune" in chosen:
         tune(bench)
     if "race" in chosen:
-        bench.run(four(SIZES["middle"]), SEEDS)
+        bench.run(four(), options.seed or SEEDS)
     if "ablate" in chosen:
-        bench.run(ablations(), SEEDS[:2])
+        bench.run(ablations(), SEEDS[:1])
     if "scale" in chosen:
-        scale(bench)
+        for name in FOUR[1:]:
+            bench.run(at_depths(name), SEEDS[:1])
     if "report" in chosen:
         content = report(bench, infer(bench) if "infer" in chosen else None)
         for table in content["tables"]:

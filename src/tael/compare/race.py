@@ -15,7 +15,7 @@ import torch
 
 from tael.compare.record import Curve, Point
 
-FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 """After which shares of its steps a contestant is evaluated: closer where the learning rate falls."""
 SLICE_SECONDS = 4.0
 
