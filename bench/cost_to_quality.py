@@ -300,7 +300,7 @@ def race_table(result: Any) -> Table:
                "FLOPs", "dollars", "times cheaper than meta"]  # fmt: skip
     notes = [f"Target: {result.target:.4f} held-out bits per byte, where meta ends on its worst seed. Median, least "
              f"and most over {len(SEEDS)} seeds; the quotient is taken seed by seed. A core costs "
-             f"${DOLLARS_PER_CORE_HOUR:.2f} an hour. tael and the shallow ones ran after the others, not in turns with "
+             f"${DOLLARS_PER_CORE_HOUR:.2f} an hour. tael and shallow ones ran after the others, not in turns with "
              "them: its first trainings, of 260 steps, had missed the target by 0.0003 on one seed."]  # fmt: skip
     return {"columns": columns, "rows": rows, "notes": notes}
 
