@@ -24,7 +24,7 @@ from tael.serve.settings import ModelSpec
 DSML = "｜DSML｜"
 
 
-def call(name: str, **arguments: object) -> str:
+def call(name: str, /, **arguments: object) -> str:
     """A call in DeepSeek's form."""
     given = "".join(
         f'<{DSML}parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'

@@ -20,13 +20,14 @@ def test_a_question_goes_all_the_way(start_server, contexts, tmp_path):
     with start_server("whole_server.py", str(tmp_path)) as server:
         page = contexts(server.base).new_page()
         page.goto("/")
-        said = ask(page, "Hi")
+        said = ask(page, "Hi, what is the capital of France?")  # long enough to fill a block of the cache
         expect(said.locator("strong")).to_have_text("there")
         expect(said).to_contain_text("Thought for")
         expect(said).to_contain_text(re.compile(r"\d+ tokens"))
         expect(said).to_contain_text("$0.0000")
         again = ask(page, "Hi again")
         expect(again).to_contain_text(re.compile(r"\d+ cached"))
+        page.close()  # it would complain of the lost server
 
 
 def test_killed_in_mid_answer(start_server, contexts, tmp_path):
@@ -50,3 +51,4 @@ def test_killed_in_mid_answer(start_server, contexts, tmp_path):
         expect(page.get_by_label("Stop", exact=True)).to_be_visible()
         page.get_by_label("Stop", exact=True).click()
         expect(page.get_by_label("Send", exact=True)).to_be_visible()
+        page.close()

@@ -30,7 +30,8 @@ def slowly(self: ScriptedRunner, batch):
 
 def script(prompt: str) -> str:
     long = "count" in prompt.rsplit("<｜User｜>", 1)[-1]
-    return "Let me see.</think>" + (" ".join(map(str, range(900))) if long else "Hello **there**.")
+    begun = "" if prompt.endswith("<think>") else "<think>"
+    return f"{begun}Let me see.</think>" + (" ".join(map(str, range(900))) if long else "Hello **there**.")
 
 
 def main() -> None:
