@@ -73,15 +73,17 @@ class _Turn:
         return self.done >= self.contestant.steps
 
     def run(self, slice_seconds: float) -> None:
-        """Train for about `slice_seconds`, to the end of a step, or until an evaluation is due."""
+        """Train for about `slice_seconds`, a step at least, or until an evaluation is due."""
         until = self.seconds + slice_seconds
-        while not self.finished and self.seconds < until:
+        while not self.finished:
             began = self.clock.read()
             self.contestant.step()
             self.seconds += self.clock.read() - began
             self.done += 1
             if self.done in self.stops:
                 self._evaluate()
+                return
+            if self.seconds >= until:
                 return
 
     def _evaluate(self) -> None:
