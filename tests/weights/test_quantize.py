@@ -117,15 +117,18 @@ def test_searched_scales_beat_the_plain_ones_of_q4_0() -> None:
     assert (searched - weight).norm() < 0.97 * (plain - weight).norm()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(SCHEMES), st.floats(-6, 3))
 def test_codes_that_are_values_come_back(seed: int, scheme: Scheme, exponent: float) -> None:
-    """Rounding what a layer stands for changes nothing much: at most half a step in any weight."""
+    """Rounding what a layer stands for changes nothing much: 1.6 steps at most in any weight.
+
+    A scale below 6e-5 is a subnormal fp16, off by up to 2^-25, which the largest code takes 128 times.
+    """
     first = QuantizedLinear.from_float(normal(4, 64, seed=seed) * 10**exponent, scheme)
     values = first.dequantize()
     again = QuantizedLinear.from_float(values, scheme)
     step = again.scales.float().abs().repeat_interleave(32, 1)
-    assert ((again.dequantize() - values).abs() <= 1.6 * step + 1e-7).all()
+    assert ((again.dequantize() - values).abs() <= 1.6 * step + 128 * 2**-25).all()
 
 
 def test_zeros_and_one_sided_weights() -> None:
