@@ -9,8 +9,6 @@ Both without dropout, since no text is seen twice, and without document masks, a
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from tael.data import Document, Loader
 from tael.evals.perplexity import bits_per_byte
+from tael.files import digest
 from tael.model.transformer import Features
 from tael.preparation import Prepared
 from tael.recipe import ScheduleSettings
@@ -49,7 +48,7 @@ class Baseline:
     @property
     def setup(self) -> str:
         table = {key: value for key, value in asdict(self).items() if key != "name"}
-        return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(table)[:16]
 
     def build(self, vocabulary: int) -> Any:
         """The model with transformers' own initialisation, drawn from torch's global generator."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.text import Text
 from tael.data import Tokenizer
 from tael.engine import Engine, EngineSettings, SamplingParams
 from tael.errors import TaelError
+from tael.evals.statistics import Spread
 from tael.model import Transformer
 
 TEXT = (
@@ -62,22 +63,6 @@ class Plan:
         """Slots that all of it needs at a time."""
         each = (self.prompt + self.tokens + 48) // 16 * 16
         return max(max(self.prompts) + 64, max(self.batches) * each)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        if len(values) < 2:
-            return cls(values[0], values[0], values[0])
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(statistics.median(values), low, high)
 
 
 @dataclass
@@ -274,7 +259,7 @@ def _report(
     for (drafts, requests), rates in samples.decode.items():
         drafted = samples.drafted.get(requests, 0) if drafts else 0
         kept = samples.accepted.get(requests, 0) / drafted if drafted else None
-        decode.append(Decode(requests, drafter if drafts else None, Spread.of(rates), kept))
+        decode.append(Decode(requests, drafter if drafts else None, Spread.quartiles(rates), kept))
     machine = {
         "device": str(model.norm.weight.device),
         "processors": os.cpu_count(),
@@ -286,13 +271,13 @@ def _report(
         parameters=model.config.parameters(),
         backend=type(runner).__name__.removesuffix("Runner").lower(),
         rounds=plan.rounds,
-        prefill=tuple(Prefill(n, Spread.of(rates)) for n, rates in samples.prefill.items()),
+        prefill=tuple(Prefill(n, Spread.quartiles(rates)) for n, rates in samples.prefill.items()),
         decode=tuple(decode),
         cache_bytes_per_token=runner.cache_bytes // (runner.num_blocks * runner.block_size),
         cache_bytes=runner.cache_bytes,
         weight_bytes=total,
         weight_bytes_per_token=step,
-        read_gb_per_second=Spread.of(samples.bandwidth),
+        read_gb_per_second=Spread.quartiles(samples.bandwidth),
         achieved_gb_per_second=step * statistics.median(samples.decode[False, 1]) / 1e9,
     )
 

@@ -15,7 +15,8 @@ from tael.shell import Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tael.compare import Contestant, Curve, Point, Spread, Standings
+    from tael.compare import Contestant, Curve, Point, Standings
+    from tael.evals.statistics import Spread
     from tael.recipe import Recipe
 
 DOCUMENTS = 64
@@ -69,7 +70,7 @@ def _curves(recipes: list[Recipe], seeds: list[int], documents: int, threads: in
     import torch
 
     from tael.compare import Record, race
-    from tael.compare.recipes import RecipeContestant, setup_of
+    from tael.compare.recipes import RecipeContestant, corpus_folder, setup_of
     from tael.preparation import prepare
     from tael.train.parallel import Parallel
 
@@ -77,8 +78,12 @@ def _curves(recipes: list[Recipe], seeds: list[int], documents: int, threads: in
     record = Record(run_dir / "curves.jsonl")
     prepared = prepare(recipes[0], corpus_folder(run_dir, recipes[0]), Parallel(torch.device("cpu")), shell.remark)
     held_out = prepared.held_out()[:documents]
+
+    def known(recipe: Recipe, seed: int) -> Curve | None:
+        return record.find(recipe.name, seed, setup_of(recipe, len(held_out), threads))
+
     for seed in seeds:
-        missing = [recipe for recipe in recipes if record.find(recipe.name, seed, setup_of(recipe)) is None]
+        missing = [recipe for recipe in recipes if known(recipe, seed) is None]
         if missing:
             shell.remark(f"seed {seed}: {', '.join(recipe.name for recipe in missing)} in turns")
             folder = run_dir / "trainings"
@@ -87,21 +92,8 @@ def _curves(recipes: list[Recipe], seeds: list[int], documents: int, threads: in
                 for recipe in missing
             ]
             record.add(race(contestants, _progress))
-    found = [record.find(recipe.name, seed, setup_of(recipe)) for recipe in recipes for seed in seeds]
+    found = [known(recipe, seed) for recipe in recipes for seed in seeds]
     return [curve for curve in found if curve is not None]
-
-
-def corpus_folder(run_dir: Path, recipe: Recipe) -> Path:
-    """Where the text, packed with the tokenizer, lies: a folder for each, so that other recipes find none of it."""
-    import hashlib
-    import json
-
-    from tael.compare.recipes import pretraining
-
-    key = recipe.model_dump(include={"data", "tokenizer"}, mode="json") | {
-        "length": pretraining(recipe)[1].sequence_length
-    }
-    return run_dir / f"corpus-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def _progress(contestant: Contestant, point: Point) -> None:
@@ -120,9 +112,10 @@ def _say(
 
     from tael.compare import standings
     from tael.compare.picture import curves_picture
+    from tael.cost.kept import price_now
     from tael.files import write_whole
 
-    hour = recipes[0].price.dollars_per_hour if price is None else price
+    hour = price_now(recipes[0]) if price is None else price
     share = min(1.0, curves[0].threads / (os.cpu_count() or 1))
     result = standings(curves, hour * share, baseline, target)
     picture = run_dir / "compare.svg"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +37,7 @@ from tael.shell import (
 )
 
 if TYPE_CHECKING:
+    from tael.cost.bookkeeping import StageCosts
     from tael.engine.constrain import Constraint
     from tael.evals.suites import Origin
 
@@ -247,6 +249,7 @@ def evaluate(
     transformer = load_transformer(folder, device, quantize, notify=shell.remark)
     tokenizer = tael.load_tokenizer(folder)
     origin = suites.find_origin(folder)
+    books = _books(folder, origin)
     rows: list[dict[str, Any]] = []
     for name in names:
         if name == "reasoning":
@@ -259,15 +262,38 @@ def evaluate(
                 )
             length = origin.answer_tokens() if origin else 64
             chosen = TEST_SEED if seed is None else seed
-            rows += suites.reasoning_rows(transformer, tokenizer, asked, problems, chosen, length)
+            with books.evaluation() as spent:
+                found, work = suites.reasoning_rows(transformer, tokenizer, asked, problems, chosen, length)
+                spent.tokens, spent.flops = work
         else:
             length = origin.pretraining().sequence_length if origin else 256
-            rows += suites.text_rows(transformer, tokenizer, _text_to_read(model, text, origin), length)
+            read = _text_to_read(model, text, origin)
+            with books.evaluation() as spent:
+                found, work = suites.text_rows(transformer, tokenizer, read, length)
+                spent.tokens, spent.flops = work
+        rows += found
     if as_json:
         shell.print_json(rows)
     else:
         title = f"{folder}, {quantize.value}" if quantize else f"{folder}"
         shell.console().print(suites.results_table(rows, title))
+
+
+def _books(folder: Path, origin: Origin | None) -> StageCosts:
+    """Where the evaluation goes down: with its run's costs, or under the model's own name in runs/."""
+    import torch
+
+    from tael.cost.bookkeeping import Costs
+    from tael.cost.ledger import EVALUATION, Ledger
+    from tael.cost.rundata import run_name
+    from tael.preparation import LEDGER
+    from tael.recipe import PriceSettings
+    from tael.train import Parallel
+
+    name = run_name(origin.directory) if origin else folder.stem
+    runs = origin.directory.parent if origin else Path("runs")
+    price = origin.recipe.price if origin else PriceSettings()
+    return Costs(price, name, Ledger(runs / LEDGER), Parallel(torch.device("cpu"))).stage("eval", EVALUATION, 0.0)
 
 
 def _text_to_read(model: str, path: str | None, origin: Origin | None) -> list[Any]:

@@ -88,10 +88,16 @@ def test_several_choices_are_one_request(server: Running) -> None:
 
 
 def test_who_hangs_up_has_used_what_was_computed(server: Running) -> None:
-    with open_stream(server, "/v1/chat/completions", user("forever")) as response:
+    with open_stream(server, "/v1/chat/completions", user("count")) as response:
         lines = response.iter_lines()
         for _ in range(8):
             next(lines)
+        gate = server.service.host.loaded()[0].engine.pool.runner.gate
+        gate.clear()  # the engine stands still, so that the answer cannot end before the server sees the client leave
+    try:
+        until(lambda: not server.service.visits)
+    finally:
+        gate.set()
     [found] = until(lambda: rows(server))
     assert found.status == 499 and (found.engine_seconds or 0) > 0 and (found.flops or 0) > 0
 

@@ -13,6 +13,7 @@ import torch
 
 import tael
 from tael.cli import app
+from tael.cost.ledger import Ledger
 from tael.failures import explain
 from tael.weights import load_model
 
@@ -72,6 +73,9 @@ def test_eval_with_tasks_and_text(call, model, tmp_path):
     table = call(*arguments).stdout
     assert "right, free" in table and "bits per byte" in table
     assert all(len(line) <= 80 for line in table.splitlines())
+    entries = Ledger(Path("runs/ledger.sqlite")).entries()
+    assert [(e.run, e.stage, e.kind) for e in entries] == [(model.stem, "eval", "evaluation")] * 4
+    assert all(e.tokens > 0 and e.flops > 0 and e.seconds > 0 and e.dollars > 0 for e in entries)
 
 
 def test_eval_takes_problems_and_text_from_the_run(call, run_folder):
@@ -83,6 +87,8 @@ def test_eval_takes_problems_and_text_from_the_run(call, run_folder):
     }
     [text] = json.loads(call("eval", "runs/tiny/pretrain/model", "--suite", "text", "--json").stdout)
     assert text["bits_per_byte"] == pytest.approx(summary["bits_per_byte"], abs=1e-4)
+    lines = json.loads(call("costs", "tiny", "--json").stdout)
+    assert [line["entries"] for line in lines if line["stage"] == "eval" and line["kind"] == "evaluation"] == [3]
 
 
 def test_eval_refuses(fails, model, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tael import load_model, load_tokenizer, shell, using
-from tael.benchmark import Plan, Spread, weight_bytes
+from tael.benchmark import Plan, weight_bytes
 from tael.engine import Engine, EngineSettings
 from tael.errors import TaelError
 from tael.loading import USUAL_CONTEXT, choose_backend, find_model, load, load_engine, load_transformer
@@ -172,7 +172,6 @@ def test_a_plan_fits_the_context():
     assert Plan.of(40, 5, True).tokens == 16 and Plan.of(8192, 5, True).rounds == 1
     with pytest.raises(TaelError, match="too small to measure"):
         Plan.of(10, 1, False)
-    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0) and Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
 
 
 def test_weights_a_token_reads(model):

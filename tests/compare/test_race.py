@@ -141,6 +141,12 @@ def test_between_evaluations() -> None:
     assert found.interpolated(1.0) is None
 
 
+def test_a_training_too_quick_to_time_is_drawn_all_the_same() -> None:
+    drawn = curves_picture([curve("a", 0, [(0.0, 3.0), (2.0, 2.0)])])
+    assert drawn.count("<polyline") == 1 and "nan" not in drawn
+    assert standings([curve("a", 0, [(0.0, 3.0)])], 1.0, "a").rows[0].tokens_per_second > 0
+
+
 def test_the_picture_names_everyone_and_escapes() -> None:
     curves = [curve("<b>&ours", 0, [(1.0, 3.0), (2.0, 2.0)]), curve("base", 0, [(1.0, 3.0), (9.0, 2.1)])]
     for axis in ("seconds", "flops", "tokens"):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tael.evals.statistics import Accuracy, wilson_interval
+from tael.evals.statistics import Accuracy, Spread, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,9 @@ def test_nothing_counted() -> None:
     assert Accuracy(0, 0).share == 0.0
     assert Accuracy(0, 0).interval() == (0.0, 1.0)
     assert str(Accuracy(0, 0)) == "- (0/0)"
+
+
+def test_spreads_by_hand() -> None:
+    assert Spread.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.extremes([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    assert Spread.quartiles([2.0]) == Spread.extremes([2.0]) == Spread(2.0, 2.0, 2.0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from tael.model import ModelConfig, build_model
@@ -35,6 +38,24 @@ def test_blocks_have_a_scale_each() -> None:
         rounded[0, :128, :128], (block / scale).to(torch.float8_e4m3fn).float() * scale, rtol=0, atol=0
     )
     assert ((rounded - weight).abs() <= weight.abs() / 16 + weight.abs().amax() / 448 / 2).all()  # 3 bits of mantissa
+
+
+@pytest.mark.parametrize(("rounded", "block"), [(round_blocks, (128, 128)), (round_tiles, (1, 128))])
+def test_rounding_against_transformers(rounded, block) -> None:
+    """transformers' own quantiser of fine-grained FP8, dequantised: values and scales as the released V3 has them."""
+    finegrained = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    config = SimpleNamespace(weight_block_size=block, scale_fmt="float")
+    quantiser = finegrained.Fp8Quantize(SimpleNamespace(quantization_config=config))
+    weight = torch.randn(3, 256, 384, generator=torch.Generator().manual_seed(5))
+    weight *= torch.logspace(-6, 3, 256).unsqueeze(-1)
+    found = quantiser.convert({"w.weight": weight})
+    codes, scales = found["w.weight"], found["w.weight_scale_inv"]
+    theirs = codes.float() * scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+    ours = rounded(weight)
+    # They multiply by the reciprocal of the scale, we divide: a value in the middle may go to the other neighbour.
+    close = (ours - theirs).abs() <= 1e-5 * theirs.abs()
+    assert close.float().mean() > 0.9999
+    assert ((ours - theirs).abs() <= 0.13 * theirs.abs() + 1e-12).all()
 
 
 def test_products_and_gradients_by_hand() -> None:

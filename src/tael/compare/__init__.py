@@ -11,8 +11,8 @@
 
 from tael.compare.race import Clock, Contestant, race
 from tael.compare.record import Curve, Point, Record
-from tael.compare.standings import Spread, Standing, Standings, standings
+from tael.compare.standings import Standing, Standings, standings
 
 __all__ = [
-    "Clock", "Contestant", "Curve", "Point", "Record", "Spread", "Standing", "Standings", "race", "standings",
+    "Clock", "Contestant", "Curve", "Point", "Record", "Standing", "Standings", "race", "standings",
 ]  # fmt: skip

@@ -28,12 +28,12 @@ _SHOWN: dict[Axis, tuple[str, Callable[[float], str]]] = {
 def curves_picture(curves: Sequence[Curve], target: float | None = None, axis: Axis = "seconds") -> str:
     """An SVG that stands alone; names are escaped. `target` is drawn as a dashed line."""
     names = list(dict.fromkeys(curve.name for curve in curves))
-    across = [getattr(point, axis) for curve in curves for point in _late(curve)]
+    across = [_along(point, axis) for curve in curves for point in _late(curve)]
     up = [point.bits_per_byte for curve in curves for point in _late(curve)] + ([target] if target else [])
-    to_x = _scale(math.log(min(across)), math.log(max(across)), LEFT, WIDTH - RIGHT)
+    to_x = _scale(min(across), max(across), LEFT, WIDTH - RIGHT)
     low, high = min(up), max(up)
     to_y = _scale(low - 0.03 * (high - low), high, HEIGHT - BOTTOM, TOP)
-    parts = [_grid(min(across), max(across), low, high, axis, to_x, to_y)]
+    parts = [_grid(math.exp(min(across)), math.exp(max(across)), low, high, axis, to_x, to_y)]
     if target is not None:
         ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{to_y(target):.1f}" y2="{to_y(target):.1f}"'
         parts.append(f'<line class="target" {ends} stroke-dasharray="5 4"/>')
@@ -41,9 +41,7 @@ def curves_picture(curves: Sequence[Curve], target: float | None = None, axis: A
         colour = COLOURS[index % len(COLOURS)]
         own = [curve for curve in curves if curve.name == name]
         for curve in own:
-            line = " ".join(
-                f"{to_x(math.log(getattr(p, axis))):.1f},{to_y(p.bits_per_byte):.1f}" for p in _late(curve)
-            )
+            line = " ".join(f"{to_x(_along(p, axis)):.1f},{to_y(p.bits_per_byte):.1f}" for p in _late(curve))
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         y = TOP + 14 + 20 * index
         x = WIDTH - RIGHT + 12
@@ -59,6 +57,11 @@ def curves_picture(curves: Sequence[Curve], target: float | None = None, axis: A
 def _late(curve: Curve) -> tuple[Point, ...]:
     """Without the first evaluations, whose large values would flatten the rest; a curve of few keeps all."""
     return curve.points[2:] if len(curve.points) > 5 else curve.points
+
+
+def _along(point: Point, axis: Axis) -> float:
+    """The logarithm of where a point stands; what took no time to speak of stands at the beginning."""
+    return math.log(max(getattr(point, axis), 1e-4))
 
 
 def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:

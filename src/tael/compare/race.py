@@ -44,7 +44,7 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Clock:
-    """What a second is. `share`: the part of the machine's cores that a contestant occupies."""
+    """What a second is: of `threads` threads, by the function that `read` is."""
 
     name: str
     threads: int

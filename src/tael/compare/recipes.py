@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from tael.data import Document
 from tael.errors import TaelError
 from tael.evals.perplexity import bits_per_byte
+from tael.files import digest
 from tael.model import build_model
 from tael.preparation import Prepared, model_config
 from tael.recipe import PretrainSettings, Recipe
@@ -50,11 +51,17 @@ def check_comparable(recipes: Sequence[Recipe]) -> None:
             )
 
 
-def setup_of(recipe: Recipe) -> str:
-    """A digest of all that decides a training's numbers but its seed."""
+def setup_of(recipe: Recipe, documents: int, threads: int) -> str:
+    """A digest of all that decides a training's figures but its seed; `documents` are read at each evaluation."""
     kept = recipe.model_dump(include={"tokenizer", "data", "model"}, mode="json")
     kept["stage"] = pretraining(recipe)[1].model_dump(mode="json")
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    return digest({**kept, "documents": documents, "threads": threads})[:16]
+
+
+def corpus_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where its text, packed with its tokenizer, lies: another recipe's is never taken for it."""
+    key = recipe.model_dump(include={"data", "tokenizer"}, mode="json")
+    return folder / f"corpus-{digest({**key, 'length': pretraining(recipe)[1].sequence_length})[:12]}"
 
 
 class RecipeContestant:
@@ -87,7 +94,8 @@ class RecipeContestant:
             ),
         )
         self._tokenizer, self._held_out, self._length = prepared.tokenizer, held_out, settings.sequence_length
-        self.name, self.seed, self.setup, self.steps = recipe.name, seed, setup_of(recipe), settings.steps
+        self.name, self.seed, self.steps = recipe.name, seed, settings.steps
+        self.setup = setup_of(recipe, len(held_out), torch.get_num_threads())
         self.parameters_total = config.parameters(mtp=False)
         self.parameters_active = config.parameters(active=True, mtp=False)
         self.cache_bytes_per_token = config.cache_bytes_per_token()

@@ -9,24 +9,13 @@ from typing import Any
 
 from tael.compare.record import Curve, Point
 from tael.errors import TaelError, did_you_mean
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, least and most over the seeds."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
+from tael.evals.statistics import Spread
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One contestant over its seeds. What it spent to the target is None unless every seed reached it."""
+    """One contestant over its seeds: medians, least and most. What it spent to the target is None unless every seed
+    reached it."""
 
     name: str
     seeds: int
@@ -95,7 +84,7 @@ def _standing(curves: list[Curve], target: float, reference: dict[int, Point], p
         for c, p in zip(curves, points, strict=True)
         if p is not None and c.seed in reference
     ]
-    seconds = Spread.of([point.seconds for point in there]) if whole else None
+    seconds = Spread.extremes([point.seconds for point in there]) if whole else None
     first = curves[0]
     return Standing(
         name=first.name,
@@ -105,11 +94,11 @@ def _standing(curves: list[Curve], target: float, reference: dict[int, Point], p
         parameters_active=first.parameters_active,
         cache_bytes_per_token=first.cache_bytes_per_token,
         flops_per_token=first.flops_per_token,
-        tokens_per_second=statistics.median(c.last.tokens / c.last.seconds for c in curves if c.last.seconds) or 0.0,
-        final=Spread.of([curve.last.bits_per_byte for curve in curves]),
+        tokens_per_second=statistics.median(c.last.tokens / max(c.last.seconds, 1e-9) for c in curves),
+        final=Spread.extremes([curve.last.bits_per_byte for curve in curves]),
         seconds=seconds,
-        tokens=Spread.of([point.tokens for point in there]) if whole else None,
-        flops=Spread.of([point.flops for point in there]) if whole else None,
+        tokens=Spread.extremes([point.tokens for point in there]) if whole else None,
+        flops=Spread.extremes([point.flops for point in there]) if whole else None,
         dollars=None if seconds is None else seconds.median / 3600 * per_hour,
-        cheaper=Spread.of([theirs / own for theirs, own in pairs]) if whole and pairs else None,
+        cheaper=Spread.extremes([theirs / max(own, 1e-9) for theirs, own in pairs]) if whole and pairs else None,
     )

@@ -74,7 +74,7 @@ class Costs:
             self.add(stage, kind, started, StageResult(seconds=time.perf_counter() - began))
 
     def stage(self, name: str, kind: str, peak: float) -> StageCosts:
-        """The books of one stage; `peak`: FLOP/s of a matrix product on one device."""
+        """The books of one stage; `peak`: FLOP/s of a matrix product on one device, 0 where it is not known."""
         return StageCosts(self, name, kind, peak)
 
 

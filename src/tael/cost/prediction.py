@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tael.cost.rundata import number, read_object
+from tael.files import digest
 
 if TYPE_CHECKING:
     from tael.cost.here import StagePlan
@@ -74,7 +74,7 @@ class Prediction:
 def recipe_digest(recipe: Recipe) -> str:
     """The same for two recipes that run the same: all values count but price and description."""
     table = recipe.model_dump(mode="json", exclude={"price", "description"})
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    return digest(table)
 
 
 def read_prediction(directory: Path) -> tuple[Prediction | None, str]:

@@ -1,13 +1,14 @@
-"""Shares with honest error bars: Wilson's score interval and the `Accuracy` that reports carry.
+"""Figures with their spread: medians, and shares with Wilson's score interval, the `Accuracy` that reports carry.
 
 An accuracy over 200 problems moves by several points from chance alone; every table says by how much.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import NormalDist
+from statistics import NormalDist, median, quantiles
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -28,6 +29,28 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     half = z * sqrt(share * (1 - share) / total + z2 / (4 * total)) / (1 + z2)
     # The ends are exact at 0 and `total`; rounding would leave them 1e-17 off.
     return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The middle of some values, and how far they lie apart."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def quartiles(cls, values: Sequence[float]) -> Spread:
+        """Median and quartiles: of many rounds of the same. Raises StatisticsError for no values."""
+        if len(values) < 2:
+            return cls.extremes(values)
+        low, _, high = quantiles(values, n=4, method="inclusive")
+        return cls(median(values), low, high)
+
+    @classmethod
+    def extremes(cls, values: Sequence[float]) -> Spread:
+        """Median, least and most: of a few seeds. Raises StatisticsError for no values."""
+        return cls(median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)

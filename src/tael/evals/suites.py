@@ -17,12 +17,14 @@ from rich.text import Text
 
 from tael.data import Document, Tokenizer
 from tael.data.files import read_jsonl
+from tael.engine.work import sum_work
 from tael.errors import TaelError, did_you_mean
 from tael.evals.perplexity import bits_per_byte
 from tael.evals.reasoning import MODES, reasoning_accuracy
 from tael.model.transformer import Transformer
 from tael.recipe import PretrainSettings, Recipe, RlSettings, SftSettings, TaskSettings, load_recipe
 from tael.rl.tasks import make_task, problems
+from tael.train.objective import Work
 
 SUITES = ("reasoning", "text")
 Row = dict[str, Any]
@@ -90,23 +92,24 @@ def check_suites(names: Sequence[str]) -> None:
 
 def reasoning_rows(
     model: Transformer, tokenizer: Tokenizer, tasks: list[TaskSettings], count: int, seed: int, max_tokens: int
-) -> list[Row]:
-    """One row a way of answering: exact greedy accuracy on `count` held-out problems of the set `seed`."""
-    asked, rows = problems(tasks, seed, count, "test"), []
+) -> tuple[list[Row], Work]:
+    """One row a way of answering: greedy accuracy on `count` held-out problems of the set `seed`; what it took."""
+    asked, rows, works = problems(tasks, seed, count, "test"), [], []
     for mode in MODES:
         result = reasoning_accuracy(model, tokenizer, asked, mode, max_tokens)
         low, high = result.accuracy.interval()
         accuracy = {"accuracy": result.accuracy.share, "low": low, "high": high}
         rows.append({"suite": "reasoning", "mode": mode, **accuracy, **result.as_dict()})
-    return rows
+        works.append(result.work)
+    return rows, sum_work(works)
 
 
 def text_rows(
     model: Transformer, tokenizer: Tokenizer, documents: Sequence[Document], sequence_length: int
-) -> list[Row]:
-    """One row: bits per byte over `documents`, read in windows of `sequence_length` tokens."""
-    length = min(sequence_length, model.config.max_position_embeddings)
-    return [{"suite": "text", **bits_per_byte(model, tokenizer, documents, length).as_dict()}]
+) -> tuple[list[Row], Work]:
+    """One row: bits per byte over `documents`, read in windows of `sequence_length` tokens; what it took."""
+    result = bits_per_byte(model, tokenizer, documents, min(sequence_length, model.config.max_position_embeddings))
+    return [{"suite": "text", **result.as_dict()}], result.work
 
 
 def results_table(rows: Sequence[Row], title: str) -> Table:
