@@ -105,12 +105,12 @@ def robustness(constants: Constants) -> list[str]:
     ]
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    where = machine()
-    both = grid()
+Table = dict[str, Any]
+
+
+def runs_table(fitted: Constants, both: Errors) -> tuple[Table, list[dict[str, Any]], float]:
+    """Every run, left out of its own fit, and throughputs never fitted on; (table, rows, median absolute error)."""
     errors = at_default(both)
-    fitted = best(errors)
     held_out = [best(errors, index) for index in range(len(RUNS))]
     pair = best(both)
     pair_loo = [abs(run.predict(best(both, i)) / run.reported - 1) for i, run in enumerate(RUNS)]
@@ -147,43 +147,58 @@ def main() -> None:
         "A throughput's hours are those of a trillion tokens. Reports give neither layout nor chips to the planner "
         "beyond what the table says.",
     ]
-    print_table("Planner against published runs", columns, cells)
-    for note in notes:
-        print(note)
-    table = [
+    return {"columns": columns, "rows": cells, "notes": notes}, [*rows, *others], median
+
+
+def v3_table(fitted: Constants) -> Table:
+    """V3's own table of costs, stage by stage."""
+    stages = v3_cost_table(fitted)
+    rows = [
         [stage.name, f"{stage.reported_hours / 1e3:,.0f}K", f"{stage.hours / 1e3:,.0f}K",
          f"{stage.hours / stage.reported_hours - 1:+.1%}", f"${stage.reported_hours * 2 / 1e6:.3f}M",
          f"${stage.dollars / 1e6:.3f}M"]
-        for stage in v3_cost_table(fitted)
+        for stage in stages
     ]  # fmt: skip
-    stages = v3_cost_table(fitted)
     hours, dollars = sum(stage.hours for stage in stages), sum(stage.dollars for stage in stages)
-    table.append(["total", "2,788K", f"{hours / 1e3:,.0f}K", f"{hours / 2_788_000 - 1:+.1%}", "$5.576M",
-                  f"${dollars / 1e6:.3f}M"])  # fmt: skip
-    print_table("V3's cost table", ["stage", "reported h", "predicted h", "error", "reported", "predicted"], table)
+    rows.append(["total", "2,788K", f"{hours / 1e3:,.0f}K", f"{hours / 2_788_000 - 1:+.1%}", "$5.576M",
+                 f"${dollars / 1e6:.3f}M"])  # fmt: skip
+    return {"columns": ["stage", "reported h", "predicted h", "error", "reported", "predicted"], "rows": rows}
+
+
+def serving_tables(fitted: Constants) -> list[Table]:
+    """DeepSeek's day of serving, and what moves its margin."""
     day = day_of_serving(constants=fitted)
     serving = [
         [name, f"{reported:,.5g}", f"{value:,.5g}", f"{value / reported - 1:+.1%}"]
         for name, reported, value in day.compared(DAY)
     ]
-    print_table("DeepSeek's day of serving", ["figure", "reported", "predicted", "error"], serving)
     moves = [[name, f"{low:.1%}", f"{high:.1%}"] for name, low, high in sensitivities(constants=fitted)]
-    print_table("Margin if an input is 20% lower, higher", ["input", "-20%", "+20%"], moves)
+    return [
+        {"columns": ["a day of serving", "reported", "predicted", "error"], "rows": serving},
+        {"columns": ["margin if so much", "20% lower", "20% higher"], "rows": moves},
+    ]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    where, both = machine(), grid()
+    fitted = best(at_default(both))
+    runs, rows, median = runs_table(fitted, both)
+    tables = [runs, v3_table(fitted), *serving_tables(fitted)]
+    for table in tables:
+        print_table("", table["columns"], table["rows"])
+        for note in table.get("notes", []):
+            print(note)
     write_results(
         "planner_vs_published",
         {
             "title": "The planner against published runs",
             "command": "python bench/planner_vs_published.py",
             "machine": where,
-            "tables": [
-                {"columns": columns, "rows": cells, "notes": notes},
-                {"columns": ["stage", "reported h", "predicted h", "error", "reported", "predicted"], "rows": table},
-                {"columns": ["a day of serving", "reported", "predicted", "error"], "rows": serving},
-                {"columns": ["margin if so much", "20% lower", "20% higher"], "rows": moves},
-            ],
+            "tables": tables,
             "constants": {"sustained": fitted.sustained, "hidden": fitted.hidden},
             "median_absolute_error": median,
-            "runs": [*rows, *others],
+            "runs": rows,
         },
     )
 

@@ -152,7 +152,8 @@ def test_no_amount_of_a_stage_is_believed_blindly(key: str, value: Any) -> None:
 )
 def test_no_json_breaks_it(value: Any) -> None:
     for key in good():
-        parse_prediction(good() | {key: value})
+        found = parse_prediction(good() | {key: value})
+        assert found is None or parse_prediction(json.loads(found.to_json())) == found  # what is read is whole
 
 
 # -------------------------------------------------------------------- beside the run

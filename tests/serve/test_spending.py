@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from requests_served import served
 
 from tael.database import Database, Kind
 from tael.errors import TaelError
@@ -50,31 +50,10 @@ def old(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "state" / "serve.sqlite")
-    yield store
-    store.close()
-
-
-def served(**changes: Any) -> Served:
-    values: dict[str, Any] = {
-        "request_id": "r",
-        "key_id": None,
-        "model": "tiny",
-        "endpoint": "chat",
-        "started": "2025-03-01T10:00:00+00:00",
-        "seconds": 3.0,
-        "prompt_tokens": 100,
-        "cached_tokens": 60,
-        "completion_tokens": 10,
-        "dollars": 0.5,
-        "status": 200,
-        "engine_seconds": 2.0,
-        "flops": 1e6,
-        "machine_dollars": 0.01,
-    }
-    return Served(**values | changes)
+def timed(**changes: Any) -> Served:
+    """A request whose time with the engine is known."""
+    values = {"cached_tokens": 60, "completion_tokens": 10, "dollars": 0.5}
+    return served(**values | {"engine_seconds": 2.0, "flops": 1e6, "machine_dollars": 0.01} | changes)
 
 
 # -------------------------------------------------------------------- the file
@@ -82,7 +61,7 @@ def served(**changes: Any) -> Served:
 
 def test_a_file_of_the_first_version_is_brought_up_to_date(old: Path) -> None:
     store = Store(old)
-    store.record(served(key_id=1, dollars=0.5))
+    store.record(timed(key_id=1, dollars=0.5))
     assert store.spent(1) == 0.75 and store.balance(store.named("anna")) == 0.25
     [found] = store.spending("key")
     assert (found.group, found.requests, found.untimed) == ("anna", 2, 1)
@@ -126,9 +105,9 @@ def test_an_upgrade_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None
 
 def test_sums_by_key_day_and_model(store: Store) -> None:
     anna, _ = store.add_key("anna")
-    store.record(served(key_id=anna.id, joules=8.0))
-    store.record(served(started="2025-03-02T01:00:00+02:00", model="b", cached_tokens=0))
-    store.record(served(started="2025-03-03", engine_seconds=None, flops=None, machine_dollars=None))
+    store.record(timed(key_id=anna.id, joules=8.0))
+    store.record(timed(started="2025-03-02T01:00:00+02:00", model="b", cached_tokens=0))
+    store.record(timed(started="2025-03-03", engine_seconds=None, flops=None, machine_dollars=None))
     by_key = {each.group: each for each in store.spending("key")}
     assert (by_key["anna"].joules, by_key["anna"].unweighed) == (8.0, 0)
     local = by_key["local"]

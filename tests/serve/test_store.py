@@ -7,7 +7,7 @@ import os
 import sqlite3
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,41 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from requests_served import served
 
 from tael.cost.ledger import Entry, Ledger
 from tael.errors import TaelError
 from tael.serve.limits import KeyLimits
 from tael.serve.prices import DEFAULT_PRICE, Cost, Price
-from tael.serve.store import Served, ServedTotal, Store, default_state
+from tael.serve.store import ServedTotal, Store, default_state
 
 LIMITS = KeyLimits(5.0, 60, 10_000, 2)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "state" / "serve.sqlite")
-    yield store
-    store.close()
-
-
-def served(**changes: Any) -> Served:
-    values: dict[str, Any] = {
-        "request_id": "r1",
-        "key_id": None,
-        "model": "tiny",
-        "endpoint": "/chat/completions",
-        "started": "2025-03-01T10:00:00+00:00",
-        "seconds": 1.5,
-        "first_token_seconds": 0.25,
-        "prompt_tokens": 100,
-        "cached_tokens": 64,
-        "completion_tokens": 20,
-        "reasoning_tokens": 5,
-        "dollars": 0.125,
-        "status": 200,
-        "finish_reason": "stop",
-    }
-    return Served(**values | changes)
 
 
 def rows(path: Path) -> list[tuple[Any, ...]]:

@@ -12,7 +12,7 @@ from tael.compare.record import Curve, Point
 from tael.cost import units
 
 Axis = Literal["seconds", "flops", "tokens"]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 56, 150, 16, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 56, 170, 16, 44
 COLOURS = ("#eb6834", "#2a78d6", "#1baf7a", "#7b6ee0", "#c2418c", "#8a7a2f", "#4f8f9f", "#9a6b4f")
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #52514e } .grid { stroke: #e1e0d9 } .target { stroke: #52514e }
