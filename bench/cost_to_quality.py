@@ -1,30 +1,33 @@
-"""Equal quality for less: OpenAI's and Meta's recipes against a dense modern one and Tael's, on one corpus.
+"""Equal quality for less: OpenAI's and Meta's recipes against a modern one, DeepSeek's parts and Tael's default.
 
-    taskset -c 0 python bench/cost_to_quality.py                 everything, about three hours of one core
+    taskset -c 0 python bench/cost_to_quality.py                 everything, about two hours of one core
     taskset -c 0 python bench/cost_to_quality.py --part race     one part: tune, race, ablate, scale, infer or report
     python bench/cost_to_quality.py --quick                      a minute: shows that it runs, writes nothing
 
 (a) openai: transformers' GPT2LMHeadModel, (b) meta: its LlamaForCausalLM, both with AdamW and a cosine
 (bench/baselines.py); (c) modern: a dense model, Muon, residual outputs that start at zero, QK-norm
-(recipes/compare/modern.toml); (d) tael: recipes/compare/tael.toml. Same text, same tokenizer, same rows in the same
-order for equal seeds, fp32 (this CPU emulates bf16). One thread each; seconds are processor time of training steps:
-other work on the machine hardly counts, and the contestants of a race take turns of a few seconds. The target is
-what (b) ends at on its worst seed.
+(recipes/compare/modern.toml); (d) deepseek: MLA and a mixture of experts (recipes/compare/deepseek.toml); (e) tael:
+what is left of all that once each part had to pay for its seconds (recipes/compare/tael.toml). Same text, same
+tokenizer, same rows in the same order for equal seeds, fp32 (this CPU emulates bf16). One thread each; seconds are
+processor time of training steps: other work on the machine hardly counts, and the contestants of a race take turns
+of a few seconds. The target is what (b) ends at on its worst seed.
 
 What is measured goes to runs/cost_to_quality/curves.jsonl, race by race: an interrupted run goes on from there.
-`report` makes results/cost_to_quality.json of it. `tune` chose learning rates, and how many steps (c) and (d) need to
-end a little better than (b), on a seed that nothing else uses.
+`report` makes results/cost_to_quality.json of it. `tune` chose learning rates and the other settings, on a seed that
+nothing else uses; the recipes' steps are as many as end a little better than (b) there.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ from tael.data import Document
 from tael.engine import Engine, SamplingParams
 from tael.model import build_model
 from tael.preparation import Prepared, model_config, prepare
-from tael.recipe import Recipe, load_recipe
+from tael.recipe import PretrainSettings, Recipe, load_recipe
 from tael.train.parallel import Parallel
 from tael.weights import load_model
 
@@ -55,41 +58,65 @@ DOLLARS_PER_CORE_HOUR = 0.04
 """Half of two shared cloud vCPUs at list price, as recipes price them."""
 
 Entrant = Recipe | Baseline
+Overrides = dict[str, Any]
 
 
-HIDDEN, INTERMEDIATE, BATCH, LENGTH = 128, 352, 8, 256
-STEPS = {"openai": 500, "meta": 500, "modern": 200, "tael": 260}
-DEPTH = {"openai": 4, "meta": 4, "modern": 4, "tael": 1}
-RATES = {"openai": 1.5e-3, "meta": 1.5e-3, "modern": 1.5e-2, "tael": 1.5e-2}
-"""Learning rates that `tune` chose; (c) and (d) train their matrices, by Muon, at MATRICES."""
-MATRICES = {"modern": 5e-3, "tael": 1e-2}
-TRIED = {
-    "openai": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
-    "meta": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
-    "modern": (2.5e-3, 5e-3, 1e-2),
-    "tael": (5e-3, 1e-2, 2e-2),
-}
-"""Rates of everything for (a) and (b), of the matrices for (c) and (d)."""
-DEPTHS = (1, 2, 4)
+OPTIMIZER = "stages.pretrain.optimizer"
+BATCH, LENGTH, BASELINE_STEPS = 8, 256, 500
+
+
+@dataclass(frozen=True)
+class Size:
+    """A shape, and how long it is trained: by so many times the steps of the race."""
+
+    width: int
+    depth: int
+    baseline: float = 1.0
+    others: float = 1.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.depth} x {self.width}"
+
+
+SIZES = (Size(128, 1), Size(192, 2, 1.5, 2.0), Size(256, 3, 2.5, 4.0))
+"""The ladder; its first rung is what the shallow entrants of the race are. The others take the
+steps that end a little better than meta."""
+RACED = {"openai": Size(128, 4), "meta": Size(128, 4), "modern": Size(128, 4)} | dict.fromkeys(
+    ("deepseek", "tael"), SIZES[0]
+)
+RATE = 1.5e-3
+"""The baselines' learning rate at a width of 128, which `tune` chose; it falls with the root of the width."""
 
 
 def entrant(
-    name: str, depth: int | None = None, rate: float | None = None, steps: int | None = None, **extra: str
+    name: str, size: Size | None = None, *, share: float = 1.0, rate: float = RATE, extra: Overrides | None = None
 ) -> Entrant:
-    """One of the four; `extra` are overrides of (c)'s and (d)'s recipes."""
-    depth, rate, steps = depth or DEPTH[name], rate or RATES[name], steps or STEPS[name]
+    """One of the five, for `share` of its steps; `rate` is the baselines', `extra` overrides the others' recipes."""
+    size = size or RACED[name]
     if name in ("openai", "meta"):
-        kind, width = ("gpt2", 4 * HIDDEN) if name == "openai" else ("llama", INTERMEDIATE)
-        return Baseline(name, kind, HIDDEN, depth, HIDDEN // 32, width, steps, BATCH, LENGTH, rate)  # type: ignore[arg-type]
-    values: dict[str, Any] = {
-        "model.num_hidden_layers": depth,
-        "stages.pretrain.steps": steps,
-        "stages.pretrain.optimizer.learning_rate": rate,
-        "stages.pretrain.optimizer.matrix_learning_rate": MATRICES[name],
+        kind, intermediate = ("gpt2", 4 * size.width) if name == "openai" else ("llama", 11 * size.width // 4)
+        steps = round(BASELINE_STEPS * size.baseline * share)
+        rate *= math.sqrt(128 / size.width)
+        return Baseline(
+            name, kind, size.width, size.depth, size.width // 32, intermediate, steps, BATCH, LENGTH, rate
+        )
+    recipe = load_recipe(RECIPES / f"{name}.toml", overrides(extra or {}))
+    stage = recipe.stages["pretrain"]
+    assert isinstance(stage, PretrainSettings)
+    values: Overrides = {
+        "model.num_hidden_layers": size.depth,
+        "stages.pretrain.steps": round(stage.steps * size.others * share),
     }
-    if name == "tael" and depth > 1:
-        values["model.first_k_dense_replace"] = 1
-    return load_recipe(RECIPES / f"{name}.toml", [f"{key}={value}" for key, value in (values | extra).items()])
+    if size.width != 128:
+        wider = ["hidden_size", "intermediate_size", "num_attention_heads"]
+        wider += ["kv_lora_rank", "moe_intermediate_size"] if name == "deepseek" else []
+        values |= {f"model.{key}": recipe.model[key] * size.width // 128 for key in wider}
+    return load_recipe(RECIPES / f"{name}.toml", overrides((extra or {}) | values))
+
+
+def overrides(values: Overrides) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def renamed(entrant: Entrant, name: str) -> Entrant:
@@ -141,62 +168,86 @@ def say(contestant: Contestant, point: Point) -> None:
 
 
 def tune(bench: Bench) -> None:
-    """On a seed that nothing else uses: rates, (d)'s positions and initialisation, and where (b) ends."""
-    for name, rates in TRIED.items():
-        if name in ("openai", "meta"):
-            entrants = [entrant(name, rate=rate, steps=STEPS[name] // 4) for rate in rates]
-        else:
-            key, steps = "stages.pretrain.optimizer.matrix_learning_rate", STEPS[name] // 2
-            entrants = [entrant(name, steps=steps, **{key: str(rate)}) for rate in rates]
-        bench.run([renamed(e, f"{name} at {r:g}") for e, r in zip(entrants, rates, strict=True)], [TUNING_SEED])
-    changes = {
-        "tael": {},
-        "tael, embedding and head at 5e-3": {"stages.pretrain.optimizer.learning_rate": "5e-3"},
-        "tael, rope_theta 10000": {"model.rope_theta": "10000.0"},
-        "tael, initializer_range 0.02": {"model.initializer_range": "0.02"},
-        "tael, latent 32, rotary 8 of 32": {
-            "model.kv_lora_rank": "32", "model.qk_nope_head_dim": "24", "model.qk_rope_head_dim": "8",
+    """On a seed that nothing else uses: the baselines' rates, the others' settings one at a time."""
+    for name in ("openai", "meta"):
+        rates = (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
+        bench.run([renamed(entrant(name, share=0.25, rate=r), f"{name} at {r:g}") for r in rates], [TUNING_SEED])
+    bench.run([renamed(entrant("meta", rate=r), f"meta at {r:g}, whole") for r in (1.5e-3, 3e-3)], [TUNING_SEED])
+    rates = (2.5e-3, 5e-3, 1e-2)
+    bench.run([renamed(modern_at(r), f"modern, matrices at {r:g}") for r in rates], [TUNING_SEED])
+    shared: dict[str, Overrides] = {
+        "": {},
+        "rope_theta 10000": {"model.rope_theta": 10000.0},
+        "matrices at 5e-3": {f"{OPTIMIZER}.matrix_learning_rate": 5e-3},
+        "matrices at 2e-2": {f"{OPTIMIZER}.matrix_learning_rate": 2e-2},
+        "momentum 0.95": {f"{OPTIMIZER}.momentum": 0.95},
+        "betas 0.9, 0.95": {f"{OPTIMIZER}.betas": [0.9, 0.95]},
+        "embedding and head at 5e-3": {f"{OPTIMIZER}.learning_rate": 5e-3},
+    }
+    own: dict[str, dict[str, Overrides]] = {
+        "tael": {
+            "four heads of 32": {"model.num_attention_heads": 4},
+            "initializer_range 0.06": {"model.initializer_range": 0.06},
+            "five Newton-Schulz steps": {f"{OPTIMIZER}.newton_schulz_steps": 5},
+            "V3's experts": {
+                "model.model_type": "dots1", "model.n_routed_experts": 8, "model.n_shared_experts": 1,
+                "model.num_experts_per_tok": 2, "model.moe_intermediate_size": 112, "model.first_k_dense_replace": 0,
+            },
+        },
+        "deepseek": {
+            "four heads of 16 + 32": {
+                "model.num_attention_heads": 4, "model.qk_nope_head_dim": 16, "model.qk_rope_head_dim": 32,
+                "model.v_head_dim": 32,
+            },
+            "initializer_range 0.02": {"model.initializer_range": 0.02},
+            "a latent of 32": {"model.kv_lora_rank": 32},
         },
     }  # fmt: skip
-    tried = [renamed(entrant("tael", **extra), label) for label, extra in changes.items()]
-    bench.run([entrant("meta"), *tried], [TUNING_SEED])
+    for name, changes in own.items():
+        tried = {", ".join(filter(None, (name, what))): extra for what, extra in (shared | changes).items()}
+        bench.run([renamed(entrant(name, extra=extra), label) for label, extra in tried.items()], [TUNING_SEED])
 
 
-FOUR = ("openai", "meta", "modern", "tael")
+def modern_at(rate: float) -> Entrant:
+    return entrant("modern", share=0.5, extra={f"{OPTIMIZER}.matrix_learning_rate": rate})
+
+
+FIVE = ("openai", "meta", "modern", "deepseek", "tael")
 
 
 def racing() -> list[Entrant]:
-    """The four, and (b) and (c) as shallow as (d), since (b)'s own depth may be more than so small a budget wants."""
-    return [entrant(name) for name in FOUR] + [at_depths(name)[0] for name in ("meta", "modern")]
+    """The five, and (b) and (c) as shallow as (e), since their own depth may be more than so small a budget wants."""
+    shallow = [renamed(entrant(name, SIZES[0]), f"{name}, 1 layer") for name in ("meta", "modern")]
+    return [entrant(name) for name in FIVE] + shallow
 
 
 def ablations() -> list[Entrant]:
-    """Tael's recipe with one thing changed; the whole one first."""
+    """DeepSeek's parts with one thing changed; the whole first."""
     stage, model = "stages.pretrain", "model"
-    changes: dict[str, dict[str, str]] = {
-        "tael": {},
-        "MLA -> grouped-query attention": {f"{model}.model_type": '"dots1"'},
-        "experts -> dense, as wide": {f"{model}.n_routed_experts": "0"},
-        "no shared expert, three routed": {f"{model}.n_shared_experts": "0", f"{model}.num_experts_per_tok": "3"},
+    changes: dict[str, Overrides] = {
+        "deepseek": {},
+        "MLA -> grouped-query attention, QK-norm": {f"{model}.model_type": "dots1"},
+        "experts -> dense, as wide": {f"{model}.n_routed_experts": 0},
+        "no shared expert, three routed": {f"{model}.n_shared_experts": 0, f"{model}.num_experts_per_tok": 3},
         "auxiliary loss in place of the bias": {
-            f"{stage}.bias_update_speed": "0.0", f"{stage}.balance_loss_weight": "0.01",
+            f"{stage}.bias_update_speed": 0.0,
+            f"{stage}.balance_loss_weight": 0.01,
         },
-        "with multi-token prediction": {f"{model}.num_nextn_predict_layers": "1", f"{stage}.mtp_weight": "0.3"},
-        "FP8, emulated": {f"{stage}.precision": '"fp8-emulated"'},
-        "Muon -> AdamW": {
-            f"{stage}.optimizer.matrices": '"adamw"', f"{stage}.optimizer.learning_rate": str(RATES["meta"]),
-        },
+        "with multi-token prediction": {f"{model}.num_nextn_predict_layers": 1, f"{stage}.mtp_weight": 0.3},
+        "FP8, emulated": {f"{stage}.precision": "fp8-emulated"},
+        "Muon -> AdamW": {f"{OPTIMIZER}.matrices": "adamw", f"{OPTIMIZER}.learning_rate": RATE},
     }  # fmt: skip
-    return [renamed(entrant("tael", **extra), label) for label, extra in changes.items()]
+    return [renamed(entrant("deepseek", extra=extra), label) for label, extra in changes.items()]
 
 
-def at_depths(name: str) -> list[Entrant]:
-    """One of (b), (c) and (d) at every depth, each as long as in the race."""
-    return [renamed(entrant(name, depth), name if depth == DEPTH[name] else deep(name, depth)) for depth in DEPTHS]
+SCALED = ("meta", "deepseek", "tael")
 
 
-def deep(name: str, depth: int) -> str:
-    return f"{name}, {depth} layer{'s' if depth > 1 else ''}"
+def ladder(name: str) -> list[Entrant]:
+    """One of SCALED at every size; the race's own runs where it has them."""
+    first = entrant(name, SIZES[0])
+    first = first if RACED[name] == SIZES[0] else renamed(first, f"{name}, 1 layer")
+    return [first, *(renamed(entrant(name, size), f"{name}, {size.label}") for size in SIZES[1:])]
 
 
 def infer(bench: Bench) -> list[dict[str, Any]]:
@@ -207,7 +258,7 @@ def infer(bench: Bench) -> list[dict[str, Any]]:
         assert isinstance(baseline, Baseline)
         baseline.build(bench.prepared.tokenizer.vocab_size).save_pretrained(folder)
         models = {"meta": load_model(folder)}
-    for name in ("modern", "tael"):
+    for name in ("modern", "deepseek", "tael"):
         recipe = entrant(name)
         assert isinstance(recipe, Recipe)
         models[name] = build_model(model_config(recipe, bench.prepared.tokenizer), 0)
@@ -250,7 +301,7 @@ def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, An
     """Tables of all that is in the record; parts that were not run are left out."""
     curves = bench.known(racing(), SEEDS)
     content: dict[str, Any] = {
-        "title": "Equal quality for less: four recipes on one corpus",
+        "title": "Equal quality for less: five recipes on one corpus",
         "command": "taskset -c 0 python bench/cost_to_quality.py",
         "machine": machine() | {"transformers": transformers.__version__, "threads": 1},
         "tables": [],
@@ -263,9 +314,10 @@ def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, An
     if ablated:
         content["tables"].append(ablation_table(ablated, result.target))
         content["ablations"] = [curve.model_dump() for curve in ablated]
-    scaled = {name: [bench.known([e], SEEDS[:1]) for e in at_depths(name)] for name in FOUR[1:]}
-    table, content["scaling"] = scaling_table(scaled, result.target)
-    content["tables"].append(table)
+    scaled = {name: found for name in SCALED if len(found := bench.known(ladder(name), SEEDS[:1])) == len(SIZES)}
+    if "meta" in scaled:
+        table, content["scaling"] = scaling_table(scaled)
+        content["tables"].append(table)
     if tuned := [curve for curve in bench.record.curves() if curve.seed == TUNING_SEED]:
         content["tables"].append(tuning_table(tuned))
     if inference:
@@ -274,7 +326,7 @@ def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, An
             [r["name"], f"{r['cache_bytes_per_token']:,}", f"{r['decode_tokens_per_second']:,}"] for r in inference
         ]
         notes = ["Tael's engine for all, greedy, 64 tokens of prompt, 128 of answer, fp32, one thread. "
-                 "QK-norm (modern) runs on torch, the others on the C++ operator."]  # fmt: skip
+                 "QK-norm (modern, tael) runs on torch, the others on the C++ operator."]  # fmt: skip
         content["tables"].append(
             {"columns": ["Inference", "cache, bytes a token (16-bit)", "tokens/s"], "rows": rows, "notes": notes}
         )
@@ -311,20 +363,20 @@ def race_table(result: Any) -> Table:
     columns = ["recipe", "parameters / active", "tokens/s", "ends at, bits/byte", "seconds to target", "tokens",
                "FLOPs", "dollars", "times cheaper than meta"]  # fmt: skip
     notes = [f"Target: {result.target:.4f} held-out bits per byte, where meta ends on its worst seed. Median, least "
-             f"and most over {len(SEEDS)} seeds; the quotient is taken seed by seed. A core costs "
+             f"and most over {result.rows[0].seeds} seeds; the quotient is taken seed by seed. A core costs "
              f"${DOLLARS_PER_CORE_HOUR:.2f} an hour."]  # fmt: skip
     return {"columns": columns, "rows": rows, "notes": notes}
 
 
 def tuning_table(curves: Sequence[Curve]) -> Table:
     rows = [[c.name, str(c.last.step), f"{c.last.bits_per_byte:.4f}", f"{c.last.seconds:.0f}"] for c in curves]
-    notes = ["On a seed that nothing else uses. The rates of modern and tael are those of their matrices."]
+    notes = ["On a seed that nothing else uses: baselines at a quarter of their steps, modern at half, unless said."]
     return {"columns": ["tried", "steps", "ends at, bits/byte", "seconds"], "rows": rows, "notes": notes}
 
 
 def ablation_table(curves: Sequence[Curve], target: float) -> Table:
     """Against the whole recipe of the same seed: bits per byte at equal steps, and time."""
-    whole = {c.seed: c for c in curves if c.name == "tael"}
+    whole = {c.seed: c for c in curves if c.name == "deepseek"}
     rows = []
     for name in dict.fromkeys(c.name for c in curves):
         own = [c for c in curves if c.name == name and c.seed in whole]
@@ -341,30 +393,34 @@ def ablation_table(curves: Sequence[Curve], target: float) -> Table:
             f"{statistics.mean(seconds):.0f}" if len(seconds) == len(own) else "not reached",
             f"{own[0].cache_bytes_per_token:,}",
         ])  # fmt: skip
-    columns = ["Tael's recipe", "parameters / active", "ends at, bits/byte", "change, by seed", "time a step",
+    columns = ["DeepSeek's parts", "parameters / active", "ends at, bits/byte", "change, by seed", "time a step",
                "seconds to target", "cache, bytes a token"]  # fmt: skip
     notes = ["Equal steps and batches; time over the whole recipe's. Seconds to the race's target on a "
              "straight line between evaluations. Emulated FP8 shows quality alone: it saves nothing."]  # fmt: skip
     return {"columns": columns, "rows": rows, "notes": notes}
 
 
-def scaling_table(scaled: dict[str, list[list[Curve]]], target: float) -> tuple[Table, dict[str, Any]]:
-    """(b), (c) and (d) by depth, as far as trained: where each ends, what it took, where the fitted lines cross."""
-    rows, laws = [], {}
-    for name, found in scaled.items():
-        known = [(depth, curves[0]) for depth, curves in zip(DEPTHS, found, strict=True) if curves]
-        for depth, c in known:
-            reached = c.interpolated(target)
+def scaling_table(scaled: dict[str, list[Curve]]) -> tuple[Table, dict[str, Any]]:
+    """The ladder: where each recipe ends at each size, when it was as good as meta ends there, fitted lines."""
+    rows = []
+    for name, curves in scaled.items():
+        for size, c, theirs in zip(SIZES, curves, scaled["meta"], strict=True):
+            reached = c.interpolated(theirs.last.bits_per_byte)
             rows.append([
-                deep(name, depth), f"{c.parameters_total / 1e6:.2f}M / {c.parameters_active / 1e6:.2f}M",
-                f"{c.last.tokens / 1e6:.2f}M", f"{c.last.flops / 1e12:.2f}T", f"{c.last.seconds:.0f}",
-                f"{c.last.bits_per_byte:.4f}", "not reached" if reached is None else f"{reached:.0f}",
+                f"{name}, {size.label}",
+                f"{c.parameters_total / 1e6:.2f}M / {c.parameters_active / 1e6:.2f}M",
+                f"{c.last.tokens / 1e6:.2f}M",
+                f"{c.last.flops / 1e12:.2f}T",
+                f"{c.last.seconds:.0f}",
+                f"{c.last.bits_per_byte:.4f}",
+                "not reached" if reached is None else f"{reached:.0f}",
+                "" if reached is None else f"{theirs.last.seconds / reached:.1f}",
             ])  # fmt: skip
-        if len(known) == len(DEPTHS):
-            laws[name] = power_law([curve for _, curve in known])
+    laws = {name: power_law(curves) for name, curves in scaled.items()}
     said = "; ".join(f"{name} {a:.3f}, {b:.4f}" for name, (a, b) in laws.items())
     notes = [
-        f"bits per byte = a x seconds^-b over three depths: {said}. One seed, depth alone: a direction, not a law."
+        "Width, depth and steps grow together (meta 1, 1.5, 2.5 times, the others 1, 2, 4); one seed: a direction.",
+        f"bits per byte = a x seconds^-b over the three: {said}.",
     ]
     crossings = {
         f"{one} and {other}": crossing(laws[one], laws[other]) for one, other in PAIRS if {one, other} <= {*laws}
@@ -372,19 +428,15 @@ def scaling_table(scaled: dict[str, list[list[Curve]]], target: float) -> tuple[
     for pair, seconds in crossings.items():
         met = "the lines do not cross" if seconds is None else f"the lines cross at {seconds:.3g} core-seconds"
         notes.append(f"{pair}: {met}.")
-    columns = [
-        "depth",
-        "parameters / active",
-        "tokens",
-        "FLOPs",
-        "seconds",
-        "ends at, bits/byte",
-        "seconds to target",
-    ]
+    columns = ["layers x width", "parameters / active", "tokens", "FLOPs", "seconds", "ends at, bits/byte",
+               "seconds to meta's end at this size", "times cheaper"]  # fmt: skip
     return {"columns": columns, "rows": rows, "notes": notes}, {"laws": laws, "crossings": crossings}
 
 
-PAIRS = (("meta", "modern"), ("modern", "tael"), ("meta", "tael"))
+PAIRS = (("meta", "tael"), ("meta", "deepseek"), ("deepseek", "tael"))
+
+
+QUICK = {"openai": 0.01, "meta": 0.01, "modern": 0.02, "deepseek": 0.02, "tael": 0.03}
 
 
 def main() -> None:
@@ -392,13 +444,13 @@ def main() -> None:
     parts = ("tune", "race", "ablate", "scale", "infer", "report")
     parser.add_argument("--part", choices=parts, action="append", help="only this one (may be repeated)")
     parser.add_argument("--seed", type=int, action="append", help="race: only this seed (may be repeated)")
-    parser.add_argument("--quick", action="store_true", help="a few steps of all four, no file")
+    parser.add_argument("--quick", action="store_true", help="a few steps of all five, no file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(Path(folder))
-            entrants = [entrant(name, steps=4) for name in FOUR]
+            entrants = [entrant(name, share=share) for name, share in QUICK.items()]
             print_rows(race_table(standings(bench.run(entrants, [0]), DOLLARS_PER_CORE_HOUR, "meta")))
         return
     chosen, bench = options.part or parts, Bench(WORK)
@@ -409,8 +461,8 @@ def main() -> None:
     if "ablate" in chosen:
         bench.run(ablations(), SEEDS[:2])
     if "scale" in chosen:
-        for name in FOUR[1:]:
-            bench.run(at_depths(name), SEEDS[:1])
+        for position in range(len(SIZES)):
+            bench.run([ladder(name)[position] for name in SCALED], SEEDS[:1])
     if "report" in chosen:
         content = report(bench, infer(bench) if "infer" in chosen else None)
         for table in content["tables"]:
