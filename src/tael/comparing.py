@@ -138,9 +138,16 @@ def standings_table(result: Standings) -> Table:
 
     named = f"where {result.baseline} ends" if result.baseline else "given"
     clock = "processor time, one thread" if result.clock == "processor" else f"{result.threads} threads"
-    title = f"To {result.target:.3f} bits per byte ({named}); {clock}; {units.money(result.dollars_per_hour)} an hour"
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    heads = ("Recipe", "Parameters", "Tokens/s", "Ends at", "Time", "Tokens", "Cost", "Cheaper", "Cache a token")
+    title = f"To {result.target:.3f} bits per byte ({named})\n{clock}; {units.money(result.dollars_per_hour)} an hour"
+    table = Table(
+        title=Text(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
+    )
+    heads = ("Recipe", "Size", "Speed", "Ends at", "Time", "Tokens", "Cost", "Cheaper", "Cache\na token")
     for index, head in enumerate(heads):
         table.add_column(head, justify="left" if index == 0 else "right")
     for row in result.rows:
@@ -151,7 +158,7 @@ def standings_table(result: Standings) -> Table:
         table.add_row(
             Text(row.name),
             size,
-            units.count(row.tokens_per_second),
+            units.count(row.tokens_per_second) + "/s",
             spread(row.final, "{:.3f}"),
             missed if row.seconds is None else spread(row.seconds, "{:.0f} s"),
             "" if row.tokens is None else units.count(row.tokens.median),
@@ -163,8 +170,8 @@ def standings_table(result: Standings) -> Table:
 
 
 def spread(values: Spread, form: str) -> str:
-    """`2.1 (2.0-2.3)`: the median, and the range where there is one."""
+    """The median and, where there is one, the range on a line of its own."""
     middle = form.format(values.median)
     if form.format(values.low) == form.format(values.high):
         return middle
-    return f"{middle} ({form.format(values.low).rstrip(' sx')}-{form.format(values.high).rstrip(' sx')})"
+    return f"{middle}\n{form.format(values.low).rstrip(' sx')}-{form.format(values.high).rstrip(' sx')}"
