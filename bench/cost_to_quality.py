@@ -278,6 +278,12 @@ def infer(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
+def measured_before() -> list[dict[str, Any]] | None:
+    """The inference figures of the last report, where there is one."""
+    path = HERE / "results" / "cost_to_quality.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("inference") if path.exists() else None
+
+
 # ------------------------------------------------------------------ report
 
 
@@ -330,11 +336,14 @@ def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, An
         content["tables"].append(
             {"columns": ["Inference", "cache, bytes a token (16-bit)", "tokens/s"], "rows": rows, "notes": notes}
         )
+    pictures = {axis: curves_picture(curves, result.target, axis) for axis in ("seconds", "flops", "tokens")}
+    if scaled:
+        rungs = [c.model_copy(update={"name": name}) for name, found in scaled.items() for c in found]
+        pictures["ladder"] = curves_picture(rungs)
     (HERE / "docs" / "pictures").mkdir(exist_ok=True)
-    for axis in ("seconds", "flops"):
-        drawn = curves_picture(curves, result.target, axis)
-        (HERE / "docs" / "pictures" / f"cost_to_quality_{axis}.svg").write_text(drawn, encoding="utf-8")
-    content["pictures"] = [f"pictures/cost_to_quality_{axis}.svg" for axis in ("seconds", "flops")]
+    for name, drawn in pictures.items():
+        (HERE / "docs" / "pictures" / f"cost_to_quality_{name}.svg").write_text(drawn, encoding="utf-8")
+    content["pictures"] = [f"pictures/cost_to_quality_{name}.svg" for name in pictures]
     return content
 
 
@@ -464,7 +473,7 @@ def main() -> None:
         for position in range(len(SIZES)):
             bench.run([ladder(name)[position] for name in SCALED], SEEDS[:1])
     if "report" in chosen:
-        content = report(bench, infer(bench) if "infer" in chosen else None)
+        content = report(bench, infer(bench) if "infer" in chosen else measured_before())
         for table in content["tables"]:
             print_rows(table)
         print("written:", write_results("cost_to_quality", content).name)
