@@ -44,6 +44,8 @@ class Baseline:
     learning_rate: float
     attention: str = "eager"
     """transformers' attention; eager is the faster one at this length on a CPU (bench/train_throughput.py)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: by torch.autocast, as transformers' own Trainer does it; weights and optimiser stay fp32."""
 
     @property
     def setup(self) -> str:
@@ -127,7 +129,8 @@ class TransformersContestant:
         factor = learning_rate_factor(self.done, self.steps, COSINE)
         for group in self.optimizer.param_groups:
             group["lr"] = self.baseline.learning_rate * factor
-        logits = self.model(input_ids=batch.tokens).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.baseline.precision == "bf16"):
+            logits = self.model(input_ids=batch.tokens).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
