@@ -185,7 +185,10 @@ def tune(bench: Bench) -> None:
     for name in ("openai", "meta"):
         rates = (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
         bench.run([renamed(entrant(name, share=0.25, rate=r), f"{name} at {r:g}") for r in rates], [TUNING_SEED])
-    bench.run([renamed(entrant("meta", rate=r), f"meta at {r:g}, whole") for r in (1.5e-3, 3e-3)], [TUNING_SEED])
+    bench.run(
+        [renamed(entrant("meta", rate=r), f"meta at {r:g}, whole") for r in (7.5e-4, 1.5e-3, 3e-3, 1.2e-2)],
+        [TUNING_SEED],
+    )
     rates = (2.5e-3, 5e-3, 1e-2)
     bench.run([renamed(modern_at(r), f"modern, matrices at {r:g}") for r in rates], [TUNING_SEED])
     shared: dict[str, Overrides] = {
