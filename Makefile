@@ -42,7 +42,7 @@ lint: setup  ## style, types, and who may import whom
 
 bench: setup  ## run every benchmark of bench/, which write results/ and docs/results.md (builds llama.cpp, an hour)
 	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
-	@for program in $(filter-out bench/common.py bench/results_page.py bench/peer%,$(wildcard bench/*.py)) bench/results_page.py; do \
+	@for program in $(filter-out bench/common.py bench/baselines.py bench/quality_tables.py bench/results_page.py bench/peer%,$(wildcard bench/*.py)) bench/results_page.py; do \
 	    echo "== $$program"; $(BIN)/python $$program || exit 1; done
 
 clean:  ## remove the virtual environment and caches; runs/ stays

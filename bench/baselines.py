@@ -43,7 +43,8 @@ class Baseline:
     sequence_length: int
     learning_rate: float
     attention: str = "eager"
-    """transformers' attention; eager is the faster one at this length on a CPU (bench/train_throughput.py)."""
+    """transformers' attention; eager is the faster one at this length in fp32 on a Zen 3
+    (bench/train_throughput.py) and in bf16 on a Zen 4 (docs/log.md)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: by torch.autocast, as transformers' own Trainer does it; weights and optimiser stay fp32."""
 

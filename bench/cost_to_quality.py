@@ -35,7 +35,15 @@ from typing import Any
 import torch
 import transformers
 from baselines import Baseline, TransformersContestant
-from common import machine, print_table, write_results
+from common import machine, write_results
+from quality_tables import (
+    ablation_table,
+    inference_table,
+    print_rows,
+    race_table,
+    scaling_table,
+    tuning_table,
+)  # fmt: skip
 
 from tael.compare import Contestant, Curve, Point, Record, race, standings
 from tael.compare.picture import curves_picture
@@ -102,18 +110,10 @@ def entrant(
         steps = round(BASELINE_STEPS * size.baseline * share)
         rate *= math.sqrt(128 / size.width)
         return Baseline(
-            name,
-            kind,
-            size.width,
-            size.depth,
-            size.width // 32,
-            intermediate,
-            steps,
-            BATCH,
-            LENGTH,
-            rate,
+            name=name, kind=kind, hidden_size=size.width, layers=size.depth, heads=size.width // 32,
+            intermediate_size=intermediate, steps=steps, batch_size=BATCH, sequence_length=LENGTH, learning_rate=rate,
             precision=PRECISION,
-        )
+        )  # fmt: skip
     recipe = load_recipe(RECIPES / f"{name}.toml", overrides(extra or {}))
     stage = recipe.stages["pretrain"]
     assert isinstance(stage, PretrainSettings)
@@ -303,22 +303,6 @@ def measured_before() -> list[dict[str, Any]] | None:
 # ------------------------------------------------------------------ report
 
 
-def power_law(curves: Sequence[Curve]) -> tuple[float, float]:
-    """(a, b) of bits per byte = a seconds^-b, least squares over the ends of `curves` in logarithms."""
-    x = [math.log(curve.last.seconds) for curve in curves]
-    y = [math.log(curve.last.bits_per_byte) for curve in curves]
-    slope, offset = statistics.linear_regression(x, y)
-    return math.exp(offset), -slope
-
-
-def crossing(one: tuple[float, float], other: tuple[float, float]) -> float | None:
-    """Seconds at which two such laws meet; None where they are parallel."""
-    if math.isclose(one[1], other[1], rel_tol=1e-3):
-        return None
-    exponent = math.log(one[0] / other[0]) / (one[1] - other[1])
-    return math.exp(exponent) if abs(exponent) < 200 else None
-
-
 def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, Any]:
     """Tables of all that is in the record; parts that were not run are left out."""
     curves = bench.known(racing(), SEEDS)
@@ -338,20 +322,13 @@ def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, An
         content["ablations"] = [curve.model_dump() for curve in ablated]
     scaled = {name: found for name in SCALED if len(found := bench.known(ladder(name), SEEDS[:1])) == len(SIZES)}
     if "meta" in scaled:
-        table, content["scaling"] = scaling_table(scaled)
+        table, content["scaling"] = scaling_table(scaled, [size.label for size in SIZES])
         content["tables"].append(table)
     if tuned := [curve for curve in bench.record.curves() if curve.seed == TUNING_SEED]:
         content["tables"].append(tuning_table(tuned))
     if inference:
         content["inference"] = inference
-        rows = [
-            [r["name"], f"{r['cache_bytes_per_token']:,}", f"{r['decode_tokens_per_second']:,}"] for r in inference
-        ]
-        notes = ["Tael's engine for all, greedy, 64 tokens of prompt, 128 of answer, fp32, one thread. "
-                 "QK-norm (modern, tael) runs on torch, the others on the C++ operator."]  # fmt: skip
-        content["tables"].append(
-            {"columns": ["Inference", "cache, bytes a token (16-bit)", "tokens/s"], "rows": rows, "notes": notes}
-        )
+        content["tables"].append(inference_table(inference))
     pictures = {axis: curves_picture(curves, result.target, axis) for axis in ("seconds", "flops", "tokens")}
     if scaled:
         rungs = [c.model_copy(update={"name": name}) for name, found in scaled.items() for c in found]
@@ -361,104 +338,6 @@ def report(bench: Bench, inference: list[dict[str, Any]] | None) -> dict[str, An
         (HERE / "docs" / "pictures" / f"cost_to_quality_{name}.svg").write_text(drawn, encoding="utf-8")
     content["pictures"] = [f"pictures/cost_to_quality_{name}.svg" for name in pictures]
     return content
-
-
-Table = dict[str, Any]
-
-
-def _spread(values: Any, form: str) -> str:
-    return f"{values.median:{form}} ({values.low:{form}} to {values.high:{form}})"
-
-
-def race_table(result: Any) -> Table:
-    rows = []
-    for row in result.rows:
-        there = row.seconds is not None
-        rows.append([
-            row.name,
-            f"{row.parameters_total / 1e6:.2f}M / {row.parameters_active / 1e6:.2f}M",
-            f"{row.tokens_per_second:,.0f}",
-            _spread(row.final, ".3f"),
-            _spread(row.seconds, ".0f") if there else f"{row.reached} of {row.seeds} seeds",
-            f"{row.tokens.median / 1e6:.2f}M" if there else "",
-            f"{row.flops.median / 1e12:.2f}T" if there else "",
-            f"${row.dollars:.5f}" if there else "",
-            _spread(row.cheaper, ".2f") if row.cheaper else "",
-        ])  # fmt: skip
-    columns = ["recipe", "parameters / active", "tokens/s", "ends at, bits/byte", "seconds to target", "tokens",
-               "FLOPs", "dollars", "times cheaper than meta"]  # fmt: skip
-    notes = [f"Target: {result.target:.4f} held-out bits per byte, where meta ends on its worst seed. Median, least "
-             f"and most over {result.rows[0].seeds} seeds; the quotient is taken seed by seed. A core costs "
-             f"${DOLLARS_PER_CORE_HOUR:.2f} an hour."]  # fmt: skip
-    return {"columns": columns, "rows": rows, "notes": notes}
-
-
-def tuning_table(curves: Sequence[Curve]) -> Table:
-    rows = [[c.name, str(c.last.step), f"{c.last.bits_per_byte:.4f}", f"{c.last.seconds:.0f}"] for c in curves]
-    notes = ["On a seed that nothing else uses: baselines at a quarter of their steps, modern at half, unless said."]
-    return {"columns": ["tried", "steps", "ends at, bits/byte", "seconds"], "rows": rows, "notes": notes}
-
-
-def ablation_table(curves: Sequence[Curve], target: float) -> Table:
-    """Against the whole recipe of the same seed: bits per byte at equal steps, and time."""
-    whole = {c.seed: c for c in curves if c.name == "deepseek"}
-    rows = []
-    for name in dict.fromkeys(c.name for c in curves):
-        own = [c for c in curves if c.name == name and c.seed in whole]
-        gaps = [c.last.bits_per_byte - whole[c.seed].last.bits_per_byte for c in own]
-        times = [c.last.seconds / whole[c.seed].last.seconds for c in own]
-        reached = [c.interpolated(target) for c in own]
-        seconds = [s for s in reached if s is not None]
-        rows.append([
-            name,
-            f"{own[0].parameters_total / 1e6:.2f}M / {own[0].parameters_active / 1e6:.2f}M",
-            f"{statistics.mean(c.last.bits_per_byte for c in own):.4f}",
-            " ".join(f"{gap:+.4f}" for gap in gaps),
-            f"{statistics.mean(times):.2f}",
-            f"{statistics.mean(seconds):.0f}" if len(seconds) == len(own) else "not reached",
-            f"{own[0].cache_bytes_per_token:,}",
-        ])  # fmt: skip
-    columns = ["DeepSeek's parts", "parameters / active", "ends at, bits/byte", "change, by seed", "time a step",
-               "seconds to target", "cache, bytes a token"]  # fmt: skip
-    notes = ["Equal steps and batches; time over the whole recipe's. Seconds to the race's target on a "
-             "straight line between evaluations. Emulated FP8 shows quality alone: it saves nothing."]  # fmt: skip
-    return {"columns": columns, "rows": rows, "notes": notes}
-
-
-def scaling_table(scaled: dict[str, list[Curve]]) -> tuple[Table, dict[str, Any]]:
-    """The ladder: where each recipe ends at each size, when it was as good as meta ends there, fitted lines."""
-    rows = []
-    for name, curves in scaled.items():
-        for size, c, theirs in zip(SIZES, curves, scaled["meta"], strict=True):
-            reached = c.interpolated(theirs.last.bits_per_byte)
-            rows.append([
-                f"{name}, {size.label}",
-                f"{c.parameters_total / 1e6:.2f}M / {c.parameters_active / 1e6:.2f}M",
-                f"{c.last.tokens / 1e6:.2f}M",
-                f"{c.last.flops / 1e12:.2f}T",
-                f"{c.last.seconds:.0f}",
-                f"{c.last.bits_per_byte:.4f}",
-                "not reached" if reached is None else f"{reached:.0f}",
-                "" if reached is None else f"{theirs.last.seconds / reached:.1f}",
-            ])  # fmt: skip
-    laws = {name: power_law(curves) for name, curves in scaled.items()}
-    said = "; ".join(f"{name} {a:.3f}, {b:.4f}" for name, (a, b) in laws.items())
-    notes = [
-        "Width, depth and steps grow together (meta 1, 1.5, 2.5 times, the others 1, 2, 5); one seed: a direction.",
-        f"bits per byte = a x seconds^-b over the three: {said}.",
-    ]
-    crossings = {
-        f"{one} and {other}": crossing(laws[one], laws[other]) for one, other in PAIRS if {one, other} <= {*laws}
-    }
-    for pair, seconds in crossings.items():
-        met = "the lines do not cross" if seconds is None else f"the lines cross at {seconds:.3g} core-seconds"
-        notes.append(f"{pair}: {met}.")
-    columns = ["layers x width", "parameters / active", "tokens", "FLOPs", "seconds", "ends at, bits/byte",
-               "seconds to meta's end at this size", "times cheaper"]  # fmt: skip
-    return {"columns": columns, "rows": rows, "notes": notes}, {"laws": laws, "crossings": crossings}
-
-
-PAIRS = (("meta", "tael"), ("meta", "deepseek"), ("deepseek", "tael"))
 
 
 QUICK = {"openai": 0.01, "meta": 0.01, "modern": 0.02, "deepseek": 0.02, "tael": 0.03}
@@ -476,7 +355,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(Path(folder))
             entrants = [entrant(name, share=share) for name, share in QUICK.items()]
-            print_rows(race_table(standings(bench.run(entrants, [0]), DOLLARS_PER_CORE_HOUR, "meta")))
+            result = standings(bench.run(entrants, [0]), DOLLARS_PER_CORE_HOUR, "meta")
+            print_rows(race_table(result))
         return
     chosen, bench = options.part or parts, Bench(WORK)
     if "tune" in chosen:
@@ -493,12 +373,6 @@ def main() -> None:
         for table in content["tables"]:
             print_rows(table)
         print("written:", write_results("cost_to_quality", content).name)
-
-
-def print_rows(table: Table) -> None:
-    print_table("", table["columns"], table["rows"])
-    for note in table["notes"]:
-        print(note)
 
 
 if __name__ == "__main__":
