@@ -168,6 +168,13 @@ def test_full_disk_ends_both(runs: tuple[Path, Path]) -> None:
     assert [p.name for p in (runs[1] / "full").glob("*step-*")] == ["step-000002"]
 
 
+def test_no_thread_of_the_process_group_outlives_it(runs: tuple[Path, Path]) -> None:
+    """One that does can abort a process whose work is done; see `Parallel.finish`."""
+    for rank in (0, 1):
+        threads = json.loads((runs[1] / f"threads-{rank}.json").read_text())
+        assert not [name for name in threads if "gloo" in name]
+
+
 @pytest.mark.parametrize("name", ["rl", "rl_few_rows"])
 def test_reinforcement_learning(runs: tuple[Path, Path], name: str) -> None:
     """Both sample the same completions; each trains on its rows, filled up where there are too few."""

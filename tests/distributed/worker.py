@@ -124,6 +124,14 @@ def main() -> None:
     directory = Path(sys.argv[1])
     torch.set_num_threads(1)
     parallel = Parallel.start(torch.device("cpu"))
+    run(directory, parallel)
+    parallel.finish()
+    tasks = Path("/proc/self/task")
+    threads = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.exists() else []
+    (directory / f"threads-{parallel.rank}.json").write_text(json.dumps(threads))
+
+
+def run(directory: Path, parallel: Parallel) -> None:
     finish = checkpoints._finish
     for job in json.loads((directory / "jobs.json").read_text()):
         trainer = build(job, parallel, directory)
@@ -137,7 +145,6 @@ def main() -> None:
         whole = parallel.gather(trainer.model)
         outcome["gathered"] = float(sum(p.detach().double().abs().sum() for p in whole.parameters()))
         (directory / job["name"] / f"outcome-{parallel.rank}.json").write_text(json.dumps(outcome))
-    parallel.finish()
 
 
 if __name__ == "__main__":

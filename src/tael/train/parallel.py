@@ -9,6 +9,7 @@ Model files know nothing of ranks. Without torchrun everything here is a no-op.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,6 +115,13 @@ class Parallel:
             dist.barrier()
 
     def finish(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, once no trainer is in use any more, and end its threads.
+
+        A thread of gloo that lets go of a tensor while Python shuts down aborts the process, after all the work is
+        done (pytorch issue 190489). Threads end with the last reference to the group: models keep it in cycles, the
+        mesh in a registry of its own (since torch 2.12), and cached shardings keep the mesh.
+        """
         if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
+            getattr(self.mesh, "_pg_registry", {}).clear()
+            gc.collect()
