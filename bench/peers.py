@@ -10,10 +10,11 @@ threads or for the pipe. The children are bench/peer_NAME.py; each reads a JSON 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ SETTLE_SECONDS = 0.05
 class Peer:
     """A child process that runs another engine. Raises RuntimeError with its last words when it fails."""
 
-    def __init__(self, name: str, **setup: Any) -> None:
+    def __init__(self, name: str, environment: Mapping[str, str] | None = None, **setup: Any) -> None:
         self.name = name
         program = Path(__file__).with_name(f"peer_{name}.py")
         self._process = subprocess.Popen(
@@ -33,6 +34,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, **(environment or {})},
         )
         self.described = self.do("setup", **setup)
 

@@ -30,7 +30,7 @@ from tael.preparation import LEDGER, Prepared, check_recipe, open_directory, pre
 from tael.recipe import Recipe, StageSettings
 from tael.stages import plan_stage
 from tael.train import Parallel, Trainer, TrainerSetup, choose_device
-from tael.train.precision import choose_precision
+from tael.train.precision import choose_precision, limit_kernel_cache
 from tael.weights import load_model, resolve, save_model
 
 
@@ -67,6 +67,7 @@ def run_recipe(recipe: Recipe, run_directory: Path, reporter: Reporter, *, fresh
     """
     check_recipe(recipe)
     hourly(recipe.price).at(datetime.now(UTC))  # refuse a price nobody knows before there is anything to pay
+    limit_kernel_cache()
     parallel = Parallel.start(choose_device(recipe.device))
     reporter = reporter if parallel.is_main else Silent()
     try:

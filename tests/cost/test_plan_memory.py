@@ -22,7 +22,7 @@ from tael.data import Batch
 from tael.model import ModelConfig, build_model
 from tael.recipe import OptimizerSettings, PretrainSettings, TrainSettings
 from tael.train import LanguageModelling
-from tael.train.precision import Twin
+from tael.train.precision import Twin, choose_precision
 
 LLAMA = ModelConfig(
     model_type="llama", vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=2,
@@ -142,14 +142,17 @@ AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Freed memory goes back to the system at once, so that a process is as large as what it holds."""
 
 
-@pytest.fixture(scope="module")
-def weighed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
-    """By how many bytes a process grew while it trained each of CASES: {"step", "judging", "saving"}."""
+BF16 = ["MoE, MTP, Muon", "long sequences in micro-batches, AdamW"]
+"""Cases weighed in bf16 too, where the processor multiplies it."""
+
+
+def weigh(names: list[str], precision: str, directory: Path) -> dict[str, dict[str, int]]:
+    """By how many bytes a process grew while it trained each case: {"step", "judging", "saving"}."""
     program = Path(__file__).with_name("train_and_weigh.py")
-    cases = {name: [model, settings_of(name).model_dump(mode="json")] for name, (model, _) in CASES.items()}
+    cases = {name: [CASES[name][0], settings_of(name, precision).model_dump(mode="json")] for name in names}
     kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, str(program), json.dumps(cases), str(tmp_path_factory.mktemp("weighed"))],
+        [sys.executable, str(program), json.dumps(cases), str(directory)],
         env=kept | AT_ONCE | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -162,18 +165,38 @@ def weighed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int
     return result
 
 
-def settings_of(name: str) -> PretrainSettings:
-    return PretrainSettings(precision="fp32", eval_documents=32, **CASES[name][1])
+def settings_of(name: str, precision: str) -> PretrainSettings:
+    return PretrainSettings(precision=precision, eval_documents=32, **CASES[name][1])  # type: ignore[arg-type]
+
+
+def assert_as_predicted(name: str, precision: str, measured: dict[str, int], least: float) -> None:
+    predicted = trainer_memory(TrainingStep.of(ModelConfig.from_dict(CASES[name][0]), settings_of(name, precision)))
+    expected = {"step": predicted.step, "judging": predicted.judging, "saving": predicted.saving}
+    print(name, {phase: (round(expected[phase] / 1e6), round(grown / 1e6)) for phase, grown in measured.items()})
+    assert predicted.step > least  # beside which what the process keeps of its own is small
+    assert measured == pytest.approx(expected, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def weighed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    return weigh(list(CASES), "fp32", tmp_path_factory.mktemp("weighed"))
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_memory_is_within_15_percent_of_a_process_that_trains(name: str, weighed: dict[str, dict[str, int]]) -> None:
-    config, measured = ModelConfig.from_dict(CASES[name][0]), weighed[name]
-    predicted = trainer_memory(TrainingStep.of(config, settings_of(name)))
-    expected = {"step": predicted.step, "judging": predicted.judging, "saving": predicted.saving}
-    print(name, {phase: (round(expected[phase] / 1e6), round(grown / 1e6)) for phase, grown in measured.items()})
-    assert predicted.step > 150e6  # beside which what the process keeps of its own is small
-    assert measured == pytest.approx(expected, rel=0.15)
+    assert_as_predicted(name, "fp32", weighed[name], 150e6)
+
+
+@pytest.fixture(scope="module")
+def weighed_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    if choose_precision("auto", torch.device("cpu")) != "bf16":
+        pytest.skip("this processor does not multiply bf16")
+    return weigh(BF16, "bf16", tmp_path_factory.mktemp("weighed_in_bf16"))
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_in_bf16_too(name: str, weighed_in_bf16: dict[str, dict[str, int]]) -> None:
+    assert_as_predicted(name, "bf16", weighed_in_bf16[name], 100e6)
 
 
 # ------------------------------------------------------------------------------ the planner's formula, fused kernels

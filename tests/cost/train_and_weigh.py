@@ -3,7 +3,8 @@
     python train_and_weigh.py CASES DIRECTORY     prints {name: {"step": .., "judging": .., "saving": ..}}
 
 CASES is JSON: {name: [model, settings]}. A small model of the same kind is trained before each, so that the
-resting size holds the program's own pages: libraries are read into memory where they are first used.
+resting size holds the program's own pages: libraries are read into memory where they are first used. In bf16 the model
+itself is trained once before: oneDNN keeps code for the shapes it sees (`tael.cost.here.KERNEL_BYTES`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tael.model import ModelConfig, build_model
 from tael.model.transformer import Transformer
 from tael.recipe import PretrainSettings
 from tael.train import LanguageModelling, LoaderSource, Parallel, Trainer, TrainerSetup
+from tael.train.precision import limit_kernel_cache
 
 STEPS = 2
 
@@ -71,6 +73,8 @@ def weigh(config: ModelConfig, settings: PretrainSettings, directory: Path) -> d
     """How much larger the process is at the peak of each phase than it was before the model."""
     few = settings.model_copy(update={"batch_size": 2, "micro_batch_size": None, "sequence_length": 32})
     train(smaller(config), few, directory / "warm")
+    if settings.precision == "bf16":
+        train(config, settings, directory / "kernels")
     gc.collect()
     resting, grown = psutil.Process().memory_info().rss, {}
     reset_peak_memory()
@@ -85,6 +89,7 @@ def weigh(config: ModelConfig, settings: PretrainSettings, directory: Path) -> d
 
 def main() -> None:
     torch.set_num_threads(1)
+    limit_kernel_cache()
     if not reset_peak_memory():
         print(json.dumps(None))
         return

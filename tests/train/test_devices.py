@@ -5,6 +5,8 @@ The meta device carries shapes and types but no numbers: a tensor the model forg
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +17,7 @@ from tael.model import ModelConfig, Transformer
 from tael.train.balance import expert_load, sequence_balance_loss
 from tael.train.losses import linear_cross_entropy
 from tael.train.parallel import choose_device
-from tael.train.precision import choose_precision
+from tael.train.precision import choose_precision, limit_kernel_cache
 
 
 def test_auto_takes_cuda_when_it_is_there(monkeypatch):
@@ -81,3 +83,13 @@ def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
         assert choose_precision("auto", cpu) == wanted
         assert choose_precision("bf16", cpu) == "bf16" and choose_precision("fp32", cpu) == "fp32"
+
+
+def test_the_kernel_cache_is_limited_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "7")
+    limit_kernel_cache()
+    assert os.environ[name] == "7"
+    monkeypatch.delenv(name)
+    limit_kernel_cache()
+    assert os.environ[name] == "128"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tael.cost.measure import matrix_peak
-from tael.cost.trainer_memory import TrainingStep, trainer_memory
+from tael.cost.trainer_memory import FULL, TrainingStep, trainer_memory
 from tael.data import Batch
 from tael.engine import Engine, SamplingParams
 from tael.errors import TaelError
@@ -23,7 +23,7 @@ from tael.model import ModelConfig, build_model
 from tael.recipe import OptimizerSettings, PretrainSettings, Recipe, RlSettings, TrainSettings
 from tael.train.objective import LanguageModelling
 from tael.train.optim import Optimizer
-from tael.train.precision import Twin, compute_dtype
+from tael.train.precision import Twin, compute_dtype, limit_kernel_cache
 
 TYPICAL_UTILISATION = 0.33
 """Training's share of a matrix product's rate on two cores, from the demo's ledger; only for the rough answer."""
@@ -37,6 +37,9 @@ MODES = 3
 TIMED_STEPS = 3
 PROGRAM_BYTES = 0.5e9
 """Python, torch and the packed text: the peak of the demo's preparation."""
+KERNEL_BYTES = 0.21e9
+"""Where a CPU computes experts in bf16: code that oneDNN compiles for shapes it sees and never gives back. It stops
+growing after a few steps (the demo's; docs/cost.md)."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def _plan_training(name: str, stage: TrainSettings, config: ModelConfig, rates: 
     else:
         one = MODES * rates.sampling(config, getattr(stage, "eval_problems", 0), PROMPT)
     seconds = stage.steps * step + evaluations * one
-    memory = PROGRAM_BYTES + trainer_memory(TrainingStep.of(config, stage)).peak
+    memory = _process_bytes(TrainingStep.of(config, stage))
     return StagePlan(name, kind, stage.steps, stage.steps * tokens, stage.steps * tokens * flops, seconds, memory)
 
 
@@ -101,8 +104,14 @@ def _plan_rl(name: str, stage: RlSettings, config: ModelConfig, rates: _Rough | 
     once = stage.steps * rows * length
     tokens, flops = 2 * once, 4.0 * once * config.flops_per_token(length / 2, training=False)
     longest = TrainingStep.of_policy(config, stage, PROMPT + stage.max_tokens, rows * answer)
-    memory = PROGRAM_BYTES + trainer_memory(longest).peak
+    memory = _process_bytes(longest)
     return StagePlan(name, stage.kind, stage.steps, tokens, flops, stage.steps * step + evaluations, memory)
+
+
+def _process_bytes(step: TrainingStep) -> float:
+    """Peak of a process that trains by `step`, with what it is without it."""
+    kernels = KERNEL_BYTES if step.value_bytes < FULL and step.config.n_routed_experts else 0
+    return PROGRAM_BYTES + kernels + trainer_memory(step).peak
 
 
 class _Rough:
@@ -123,6 +132,7 @@ class _Measured:
     """Rates of the recipe's own shape, timed on random tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
+        limit_kernel_cache()  # as the run will
         self.model = build_model(config, 0)
         self.engine = Engine(self.model)
 

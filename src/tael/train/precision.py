@@ -8,6 +8,7 @@ Against autocast this saves a cast of every weight at every use.
 from __future__ import annotations
 
 import copy
+import os
 import platform
 from typing import Literal
 
@@ -45,6 +46,16 @@ def choose_precision(wanted: Wanted, device: torch.device) -> Precision:
 def compute_dtype(wanted: Wanted, device: torch.device) -> torch.dtype:
     """The type a stage's forward and backward pass run in."""
     return torch.bfloat16 if choose_precision(wanted, device) == "bf16" else torch.float32
+
+
+def limit_kernel_cache() -> None:
+    """Have oneDNN keep 128 compiled primitives in place of 1,024, unless the environment says how many.
+
+    In bf16 on a CPU every shape multiplied is one, and experts see another number of rows at every step: the demo
+    held 1 GB of them (bench/training_memory.py; with 128 it is as fast). Call it before the first multiplication,
+    when oneDNN reads it.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 class Twin:
