@@ -3,8 +3,8 @@
     python train_and_weigh.py CASES DIRECTORY     prints {name: {"step": .., "judging": .., "saving": ..}}
 
 CASES is JSON: {name: [model, settings]}. A small model of the same kind is trained before each, so that the
-resting size holds the program's own pages: libraries are read into memory where they are first used. In bf16 the model
-itself is trained once before: oneDNN keeps code for the shapes it sees (`tael.cost.here.KERNEL_BYTES`).
+resting size holds the program's own pages: libraries are read into memory where they are first used. In bf16 the
+model itself is trained once before: oneDNN keeps code for the shapes it sees (`tael.cost.here.KERNEL_BYTES`).
 """
 
 from __future__ import annotations
