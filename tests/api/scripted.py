@@ -56,7 +56,8 @@ def config(vocab_size: int, context: int) -> ModelConfig:
 
 
 class ScriptedRunner:
-    """See tael.engine.runner.Runner. `gate`: passes wait for it; cleared, the engine stands still."""
+    """See tael.engine.runner.Runner. `gate`: passes wait for it; cleared, the engine stands still, and says so in
+    `standing` once the next pass has come."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, script: Script) -> None:
         inner = engine.pool.runner
@@ -64,14 +65,16 @@ class ScriptedRunner:
         self.cache_bytes, self.model_bytes = 8 * self.num_blocks * self.block_size, 0
         self.gate = threading.Event()
         self.gate.set()
-        self.passes, self.failing = 0, False
+        self.passes, self.failing, self.standing = 0, False, False
         self._tokenizer, self._script = tokenizer, script
         self._tokens = torch.zeros(self.num_blocks, self.block_size, dtype=torch.int64)
         self._prompt = torch.zeros(self.num_blocks, self.block_size, dtype=torch.bool)
         self._answers: dict[tuple[int, ...], list[int]] = {}
 
     def forward(self, batch: StepBatch) -> Tensor:
+        self.standing = not self.gate.is_set()
         self.gate.wait()
+        self.standing = False
         self.passes += 1
         if self.failing:
             raise RuntimeError("scripted failure")

@@ -111,8 +111,10 @@ def test_hanging_up_while_queued(start: Start, model: ScriptedModel) -> None:
         found = lines(response)
         next(found)
         runner(model).gate.clear()
+        until(lambda: runner(model).standing)
         body = user("The secret is out of reach")
         hang_up(server, "/v1/chat/completions", body, lambda: len(server.service.visits) == 2, lambda: None)
+        until(lambda: len(server.service.visits) == 1)
         runner(model).gate.set()
         assert content(found).endswith(" 199"), "the first is not disturbed"
     check_all_free(server)
