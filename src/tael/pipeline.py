@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from tael.cost.bookkeeping import Costs
 from tael.cost.kept import settle
 from tael.cost.ledger import Ledger
-from tael.cost.measure import reset_peak_memory
+from tael.cost.measure import give_back_memory, reset_peak_memory
 from tael.cost.prices import hourly
 from tael.cost.report import write_report
 from tael.cost.rundata import run_name
@@ -108,6 +108,7 @@ def run_stage(
     """Train one stage from its checkpoint or from `previous`'s model, and leave model/ and result.json behind."""
     directory, parallel = prepared.directory / name, prepared.parallel
     directory.mkdir(exist_ok=True)
+    give_back_memory()  # of the stage before
     reset_peak_memory()
     model = load_model(previous) if previous else build_model(prepared.config, prepared.recipe.seed)
     plan = plan_stage(prepared, name, settings, model)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy
+import psutil
 import pytest
 import torch
 
 from tael.cost import units
-from tael.cost.measure import matrix_peak, peak_memory_bytes, read_bandwidth, reset_peak_memory
+from tael.cost.measure import give_back_memory, matrix_peak, peak_memory_bytes, read_bandwidth, reset_peak_memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -30,6 +33,18 @@ def test_peak_memory_sees_an_allocation_and_can_start_again():
     del block
     reset_peak_memory()
     assert peak_memory_bytes() < before + 150_000_000
+
+
+def test_free_pieces_between_pieces_in_use_are_given_back():
+    if not reset_peak_memory() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("this system's malloc keeps its own counsel")
+    pieces = [bytes(100_000) for _ in range(2000)]
+    in_use = pieces[::50]
+    before = psutil.Process().memory_info().rss
+    pieces.clear()
+    give_back_memory()
+    assert psutil.Process().memory_info().rss < before - 120_000_000
+    assert len(in_use) == 40
 
 
 @pytest.mark.parametrize(
