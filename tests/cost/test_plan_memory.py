@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from tael.cost.here import KERNEL_BYTES, PROGRAM_BYTES, plan_recipe
 from tael.cost.memory import saved_bytes
 from tael.cost.named import find_model
 from tael.cost.shapes import Block
 from tael.cost.trainer_memory import TrainingStep, kept_for_backward, trainer_memory
 from tael.data import Batch
 from tael.model import ModelConfig, build_model
-from tael.recipe import OptimizerSettings, PretrainSettings, TrainSettings
+from tael.recipe import OptimizerSettings, PretrainSettings, TrainSettings, parse_recipe
 from tael.train import LanguageModelling
 from tael.train.precision import Twin, choose_precision
 
@@ -140,8 +141,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Freed memory goes back to the system at once, so that a process is as large as what it holds."""
-
-
 BF16 = ["MoE, MTP, Muon", "long sequences in micro-batches, AdamW"]
 """Cases weighed in bf16 too, where the processor multiplies it."""
 
@@ -197,6 +196,23 @@ def weighed_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[
 @pytest.mark.parametrize("name", BF16)
 def test_in_bf16_too(name: str, weighed_in_bf16: dict[str, dict[str, int]]) -> None:
     assert_as_predicted(name, "bf16", weighed_in_bf16[name], 100e6)
+
+
+@pytest.mark.parametrize(
+    ("precision", "experts", "code"), [("fp32", 4, 0.0), ("bf16", 4, KERNEL_BYTES), ("bf16", None, 0.0)]
+)
+def test_experts_in_bf16_bring_compiled_code(precision: str, experts: int | None, code: float) -> None:
+    model = {"hidden_size": 64, "num_hidden_layers": 2, "n_routed_experts": experts}
+    stage = {"kind": "pretrain", "steps": 1, "batch_size": 2, "sequence_length": 32, "precision": precision}
+    recipe = parse_recipe(
+        {"name": "tiny", "tokenizer": {"vocab_size": 320}, "data": {"path": "book.txt"}, "model": model}
+        | {"stages": {"pretrain": stage}}
+    )
+    config = ModelConfig.from_dict(model | {"vocab_size": 320})
+    settings = PretrainSettings.model_validate(stage)
+    [planned] = plan_recipe(recipe, measured=False, peak=1e12)
+    training = trainer_memory(TrainingStep.of(config, settings)).peak
+    assert planned.memory_bytes == PROGRAM_BYTES + code + training
 
 
 # ------------------------------------------------------------------------------ the planner's formula, fused kernels

@@ -172,6 +172,8 @@ def test_no_thread_of_the_process_group_outlives_it(runs: tuple[Path, Path]) -> 
     """One that does can abort a process whose work is done; see `Parallel.finish`."""
     for rank in (0, 1):
         threads = json.loads((runs[1] / f"threads-{rank}.json").read_text())
+        if not threads:
+            pytest.skip("this system does not name a process's threads")
         assert not [name for name in threads if "gloo" in name]
 
 

@@ -13,6 +13,7 @@ from tael.cost import units
 from tael.cost.chips import CHIPS
 from tael.cost.named import MODELS
 from tael.cost.planner import Run
+from tael.cost.prediction import MEMORY_NOTE
 from tael.cost.what_if import Case
 
 
@@ -155,9 +156,6 @@ def recipe_answer(name: str, stages: list[dict[str, Any]], per_hour: float, meas
     return {**head, **sums, "memory_bytes": memory}
 
 
-HEAP = "Memory: what is held. What malloc keeps of freed pieces comes on top, on Linux up to 60% (docs/cost.md)."
-
-
 def recipe_table(answer: dict[str, Any]) -> Table:
     how = "steps timed here" if answer["measured_here"] else "rough: --measure-here times its steps"
     table = _table(
@@ -167,7 +165,7 @@ def recipe_table(answer: dict[str, Any]) -> Table:
         table.add_row(stage["name"], str(stage["steps"]), *_costs(stage))
     table.add_section()
     table.add_row("total", "", *_costs(answer))
-    table.caption, table.caption_justify = Text(HEAP), "left"
+    table.caption, table.caption_justify = Text(MEMORY_NOTE), "left"
     return table
 
 

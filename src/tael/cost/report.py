@@ -21,7 +21,7 @@ from markupsafe import Markup
 from tael.cost import charts, units
 from tael.cost.compared import Compared, compare
 from tael.cost.ledger import Ledger, Total
-from tael.cost.prediction import Prediction, read_prediction
+from tael.cost.prediction import MEMORY_NOTE, Prediction, read_prediction
 from tael.cost.runcosts import evaluation_total, stage_totals, sum_totals
 from tael.cost.rundata import MODES, RunRecord, Sample, StageRecord, number, read_accuracy, read_run
 from tael.cost.tables import cost_cells
@@ -80,6 +80,7 @@ class Predicted:
     how: str
     stages: list[Compared]
     figure: Figure | None
+    memory_note: str = MEMORY_NOTE
 
 
 def write_report(run_directory: Path, ledger: Ledger | None) -> Path:

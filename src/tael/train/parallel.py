@@ -119,7 +119,7 @@ class Parallel:
 
         A thread of gloo that lets go of a tensor while Python shuts down aborts the process, after all the work is
         done (pytorch issue 190489). Threads end with the last reference to the group: models keep it in cycles, the
-        mesh in a registry of its own (since torch 2.12), and cached shardings keep the mesh.
+        mesh in a registry of its own (in torch 2.13), and cached shardings keep the mesh.
         """
         if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()

@@ -48,14 +48,17 @@ def compute_dtype(wanted: Wanted, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if choose_precision(wanted, device) == "bf16" else torch.float32
 
 
+KEPT_PRIMITIVES = 256
+
+
 def limit_kernel_cache() -> None:
-    """Have oneDNN keep 128 compiled primitives in place of 1,024, unless the environment says how many.
+    """Have oneDNN keep KEPT_PRIMITIVES compiled products, not 1,024, unless the environment says how many.
 
     In bf16 on a CPU every shape multiplied is one, and experts see another number of rows at every step: the demo
-    held 1 GB of them (bench/training_memory.py; with 128 it is as fast). Call it before the first multiplication,
+    held 1 GB of them (bench/training_memory.py; with fewer it is as fast). Call it before the first multiplication,
     when oneDNN reads it.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRIMITIVES))
 
 
 class Twin:

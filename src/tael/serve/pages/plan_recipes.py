@@ -10,7 +10,7 @@ from markupsafe import Markup
 from nicegui import run, ui
 
 from tael.cost import units
-from tael.cost.prediction import Machine, Prediction, Stage
+from tael.cost.prediction import MEMORY_NOTE, Machine, Prediction, Stage
 from tael.errors import TaelError
 from tael.model.config import ModelConfig
 from tael.recipe import PretrainSettings, Recipe, load_recipe
@@ -101,7 +101,7 @@ def predict_here(path: Path) -> Here:
         if found.measured
         else f"; may be wrong by a factor of 2, unless `tael plan {path} --measure-here` times it"
     )
-    return Here(f"{found.how}{advice}.", tuple(_rows(found)))
+    return Here(f"{found.how}{advice}. {MEMORY_NOTE}", tuple(_rows(found)))
 
 
 def _rows(found: Prediction) -> list[tuple[str, ...]]:
